@@ -1,0 +1,70 @@
+# The front door. `make test` and `make demo` create .venv on first use and do the whole job;
+# pip's own environment variables and configuration decide where packages come from.
+SHELL := bash
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+# Files that say what belongs into the environment; a change in one of them refreshes it.
+READY := $(VENV)/.quernel-ready
+PYTEST_WORKERS ?= auto
+
+.PHONY: help env demo test slow portable lint format docs generate bench reproduce check clean
+
+help:
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+env: $(READY) ## create or refresh .venv
+
+$(READY): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  for candidate in $(PYTHON) python3.11 python3.12 python3.13 python3 python; do \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	      echo "creating $(VENV) with $$($$candidate --version)"; exec $$candidate -m venv $(VENV); \
+	    fi; \
+	  done; \
+	  echo "error: Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; \
+	fi
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY) ## train a small CNN, search for a smaller one, write report.html and report.json
+	$(BIN)/quernel demo
+
+test: $(READY) ## the quick suite
+	$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS)
+
+slow: $(READY) ## the tests that take more than a second each
+	$(BIN)/python -m pytest -q -m slow
+
+portable: $(READY) ## the native kernels' tests again, on the path of machines without VNNI
+	QUERNEL_PORTABLE=1 $(BIN)/python -m pytest -q tests/test_intrinsics.py tests/nn tests/compress
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+generate: $(READY) ## rewrite the README table and the generated parts of docs/
+	$(BIN)/python docs/generate.py
+
+docs: $(READY) ## build the site into site/, strictly
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: $(READY) ## every benchmark, on a quiet machine
+	$(BIN)/quernel bench --write
+	$(BIN)/python docs/generate.py
+
+reproduce: $(READY) ## every reproduction; updates claims.toml
+	$(BIN)/quernel reproduce --write
+	$(BIN)/python docs/generate.py
+
+check: lint docs test portable ## all that CI asks for
+
+clean: ## remove what can be made again
+	rm -rf $(VENV) build dist site report.html report.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests docs benchmarks reproductions -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

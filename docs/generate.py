@@ -1,0 +1,161 @@
+"""Write the generated parts of README.md and docs/ from the registry, claims.toml and the benchmark results.
+
+A page marks its generated parts with `<!-- generated: NAME -->` and `<!-- end -->`; NAME is one of SECTIONS.
+`python docs/generate.py` rewrites what is stale, `--check` only lists it and fails.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from quernel._catalogue import list_methods
+from quernel._claims import Claim, read_claims
+
+ROOT = Path(__file__).resolve().parents[1]
+PART = re.compile(r"(<!-- generated: ([a-z-]+(?: [a-z0-9-]+)?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def systems(link: str = "{slug}.md") -> str:
+    """One row a system, in alphabetical order."""
+    rows = [
+        [f"[{m['slug']}]({link.format(slug=m['slug'])})", m["pillar"], _one_line(m["summary"]), _paper(m["paper"]), m["verdict"]]
+        for m in list_methods()
+    ]
+    return _table(["system", "pillar", "what it does", "paper", "claims"], rows)
+
+
+def claims(slug: str) -> str:
+    """Every measured claim of one system."""
+    found = [claim for claim in read_claims() if claim.slug == slug]
+    if not found:
+        return "No claim is recorded for this system; it stands here as a baseline for the others.\n"
+    commands = sorted({claim.command for claim in found})
+    return _claims_table(found) + "\nMeasured with " + ", ".join(f"`{c}`" for c in commands) + ".\n"
+
+
+def all_claims() -> str:
+    """The whole ledger, by system."""
+    by_slug: dict[str, list[Claim]] = {}
+    for claim in read_claims():
+        by_slug.setdefault(claim.slug, []).append(claim)
+    if not by_slug:
+        return "No claim has been measured yet.\n"
+    return "\n".join(f"## {slug}\n\n{_claims_table(found)}" for slug, found in by_slug.items())
+
+
+def benchmarks(slug: str) -> str:
+    """The recorded timings of one system."""
+    found = [result for result in _results() if result["slug"] == slug]
+    if not found:
+        return "No timing is recorded for this system.\n"
+    return "\n".join(_benchmark_table(result) for result in found)
+
+
+def all_benchmarks() -> str:
+    """Every recorded timing."""
+    results = _results()
+    if not results:
+        return "No timing is recorded yet.\n"
+    return "\n".join(f"## {result['slug']}\n\n{_benchmark_table(result)}" for result in results)
+
+
+SECTIONS: dict[str, Callable[..., str]] = {
+    "systems": systems,
+    "readme-systems": lambda: systems("docs/methods/{slug}.md"),
+    "claims": claims,
+    "all-claims": all_claims,
+    "benchmarks": benchmarks,
+    "all-benchmarks": all_benchmarks,
+}
+
+
+def rendered(page: Path) -> str:
+    """Return the text of a page with its generated parts up to date."""
+
+    def fresh(match: re.Match[str]) -> str:
+        name, *arguments = match[2].split()
+        return match[1] + "\n" + SECTIONS[name](*arguments) + "\n" + match[4]
+
+    return PART.sub(fresh, page.read_text(encoding="utf-8"))
+
+
+def pages() -> list[Path]:
+    """Return every page that may hold generated parts."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def stale() -> list[Path]:
+    """Return the pages whose generated parts differ from what would be written now."""
+    return [page for page in pages() if rendered(page) != page.read_text(encoding="utf-8")]
+
+
+def _results() -> list[dict[str, Any]]:
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    return sorted((json.loads(f.read_text(encoding="utf-8")) for f in files), key=lambda r: str(r["slug"]))
+
+
+def _claims_table(found: list[Claim]) -> str:
+    rows = [
+        [c.verdict, c.claim, c.metric, _number(c.ours), f"{_number(c.baseline)} ({c.baseline_name})", c.scale, c.data]
+        for c in found
+    ]
+    return _table(["verdict", "claim of the paper", "metric", "ours", "baseline", "scale", "data"], rows)
+
+
+def _benchmark_table(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["name"],
+            row["peer"],
+            str(row["threads"]),
+            _number(row["ours_ms"]),
+            _number(row["peer_ms"]),
+            f"{_number(row['ratio'])}x",
+            f"{_number(row['target'])}x" if row.get("target") is not None else "",
+            {True: "yes", False: "no"}.get(row.get("ok"), ""),
+        ]
+        for row in result["rows"]
+    ]
+    return _table(["case", "peer", "threads", "ours, ms", "peer, ms", "times faster", "target", "met"], rows)
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(_cell(cell) for cell in line)} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else _one_line(str(value)).replace("|", "\\|")
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _paper(number: str | None) -> str:
+    return f"[{number}](https://arxiv.org/abs/{number})" if number else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or value != value else f"{value:.4g}"
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrite or check; return the exit code."""
+    old = stale()
+    for page in old:
+        if "--check" in arguments:
+            sys.stderr.write(f"stale: {page.relative_to(ROOT)}; run `make generate`\n")
+        else:
+            page.write_text(rendered(page), encoding="utf-8")
+            sys.stdout.write(f"wrote {page.relative_to(ROOT)}\n")
+    return 1 if old and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

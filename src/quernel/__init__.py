@@ -1,0 +1,28 @@
+"""Quernel grinds machine learning down to what it needs.
+
+A trained model and a sample of data go in; a smaller, faster model comes out, with the table of what
+was tried. Pillars are modules (``quernel.compress``, ``quernel.nn``, ...) and load on first use.
+"""
+
+from quernel._lazy import attach
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Report": ".report",
+        "compress": ".compress",
+        "data": ".data",
+        "hashing": ".hashing",
+        "kernels": ".kernels",
+        "list_methods": "._catalogue",
+        "load": "._load",
+        "models": ".models",
+        "nn": ".nn",
+        "report": ".report",
+        "testing": ".testing",
+        "train": ".train",
+    },
+)
+__all__ += ["__version__"]

@@ -1,0 +1,238 @@
+"""The folder format: tensors in safetensors, everything else as JSON under one key, committed in order.
+
+``config.json`` holds our keys under ``"quernel"`` (other keys are left alone, so a transformers folder
+stays one) with a digest over that subtree and the name and sha256 of the tensor file. A save writes and
+syncs the new tensor file, then replaces ``config.json``, then deletes the old tensors: whatever moment it
+is interrupted at, the folder holds either the old object or the new one. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quernel._errors import FormatError, QuernelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+KEY = "quernel"
+PLAIN = "model.safetensors"
+OWN_FILE = re.compile(r"model(-[0-9a-f]{16})?\.safetensors")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What ``read_folder`` found: the object's own JSON, its tensors, and the foreign keys beside them."""
+
+    path: Path
+    content: dict[str, Any]
+    tensors: dict[str, Tensor]
+    foreign: dict[str, Any]
+
+
+def digest_of(value: Any) -> str:
+    """Return the sha256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old bytes or the new ones, also after a power cut."""
+    # The process id keeps two writers apart; the last replace wins with a whole file.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def is_quernel_folder(path: Path) -> bool:
+    """Say whether ``path/config.json`` has our key."""
+    try:
+        return KEY in json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def write_folder(
+    path: str | os.PathLike[str],
+    content: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    foreign: Mapping[str, Any] | None = None,
+) -> Path:
+    """Commit an object to a folder.
+
+    Parameters
+    ----------
+    path : path
+        Created if missing. Tensor files of an earlier save are deleted last.
+    content : mapping
+        JSON-able description: class, configs, seed.
+    tensors : mapping of str to Tensor
+        Tensors that are the same view of the same storage are stored once.
+    foreign : mapping, optional
+        Top-level keys of ``config.json`` for other libraries; default keeps those already there.
+
+    Returns
+    -------
+    path : Path
+    """
+    import safetensors.torch
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = _existing_config(folder)
+    if before and KEY not in before and (folder / PLAIN).exists():
+        raise QuernelError(f"path: {folder} holds a model that Quernel did not save; choose another folder")
+    kept, aliases = _without_aliases(tensors)
+    data = safetensors.torch.save(kept, metadata={"format": "pt"})
+    sha = hashlib.sha256(data).hexdigest()
+    name = PLAIN if not (folder / PLAIN).exists() and KEY not in before else f"model-{sha[:16]}.safetensors"
+    if not ((folder / name).exists() and file_sha256(folder / name) == sha):
+        write_atomically(folder / name, data)
+    subtree: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "content": dict(content),
+        "tensors": {"file": name, "sha256": sha, "aliases": aliases},
+    }
+    subtree["digest"] = digest_of(subtree)
+    rest = {k: v for k, v in before.items() if k != KEY} if foreign is None else dict(foreign)
+    document = json.dumps(rest | {KEY: subtree}, indent=2, sort_keys=True) + "\n"
+    write_atomically(folder / CONFIG, document.encode())
+    # Ours are the plain file and digest names, also those of a save that was killed before its commit.
+    ours = [file for file in folder.glob("model*.safetensors") if OWN_FILE.fullmatch(file.name)]
+    for file in ours if before else []:
+        if file.name != name:
+            file.unlink()
+    return folder
+
+
+def read_folder(path: str | os.PathLike[str]) -> Folder:
+    """Read a folder written by ``write_folder`` and check every byte of it.
+
+    Raises
+    ------
+    FormatError
+        Naming the file and the field that is missing, damaged or of another version.
+    """
+    folder = Path(path)
+    config = folder / CONFIG
+    document = _read_json(config)
+    subtree = document.get(KEY)
+    if not isinstance(subtree, dict):
+        raise FormatError(f"{config}: field {KEY!r} is missing; this folder was not saved by Quernel")
+    if subtree.get("format") != FORMAT_VERSION:
+        raise FormatError(
+            f"{config}: field 'quernel.format' is {subtree.get('format')!r}; this version reads {FORMAT_VERSION}. "
+            "Install the Quernel that wrote it, or save the object again"
+        )
+    if subtree.get("digest") != digest_of({k: v for k, v in subtree.items() if k != "digest"}):
+        raise FormatError(f"{config}: field 'quernel.digest' does not match its contents; the file was edited or damaged")
+    for field, kind in (("content", dict), ("tensors", dict)):
+        if not isinstance(subtree.get(field), kind):
+            raise FormatError(f"{config}: field 'quernel.{field}' must be an object; got {subtree.get(field)!r}")
+    tensors = _read_tensors(folder, config, subtree["tensors"])
+    foreign = {k: v for k, v in document.items() if k != KEY}
+    return Folder(folder, subtree["content"], tensors, foreign)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; damage becomes a ``FormatError`` that names it."""
+    import safetensors
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: the file is missing") from error
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FormatError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: the file is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise FormatError(f"{path}: must hold a JSON object; got {type(document).__name__}")
+    return document
+
+
+def _read_tensors(folder: Path, config: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
+    name, sha, aliases = entry.get("file"), entry.get("sha256"), entry.get("aliases")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise FormatError(f"{config}: field 'quernel.tensors.file' must be a plain file name; got {name!r}")
+    file = folder / name
+    if not file.is_file():
+        raise FormatError(f"{file}: named by {config} but missing")
+    if file_sha256(file) != sha:
+        raise FormatError(f"{file}: its sha256 is not the one in field 'quernel.tensors.sha256'; the file is damaged")
+    tensors = read_safetensors(file)
+    if not isinstance(aliases, dict):
+        raise FormatError(f"{config}: field 'quernel.tensors.aliases' must be an object; got {aliases!r}")
+    for alias, target in aliases.items():
+        if target not in tensors:
+            raise FormatError(f"{config}: field 'quernel.tensors.aliases.{alias}' names an absent tensor {target!r}")
+        tensors[alias] = tensors[target]
+    return tensors
+
+
+def _without_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    places: dict[tuple[Any, ...], str] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        if tensor.is_meta:
+            raise QuernelError(f"tensor {name!r} is on the meta device and has no values to save")
+        # Empty tensors all share the null pointer, so they are never aliases.
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
+        if tensor.numel() and place in places:
+            aliases[name] = places[place]
+        else:
+            places[place] = name
+            # clone() where storage is shared: safetensors refuses overlapping tensors.
+            kept[name] = tensor.cpu().contiguous().clone()
+    return kept, aliases
+
+
+def _existing_config(folder: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _sync_folder(folder: Path) -> None:
+    # Windows cannot open folders; there the replace itself is the commit.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

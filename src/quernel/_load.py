@@ -1,0 +1,179 @@
+"""``load``: bring back whatever Quernel saved, from its folder alone where the folder can say how.
+
+A folder names registered classes only; they are imported when needed, and nothing else in the file is run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quernel._errors import FormatError, MissingExtraError, QuernelError
+from quernel._io import CONFIG, read_folder, write_folder
+from quernel._module_tree import (
+    assign_tensors,
+    cast_unsaved_buffers,
+    changed_modules,
+    is_registered,
+    meta_leftovers,
+    parameters_on_meta,
+    signature,
+    swap_modules,
+    unsaved_buffer_dtypes,
+)
+from quernel._registry import resolve_class
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module] | None = None) -> Any:
+    """Load an object saved by Quernel.
+
+    Parameters
+    ----------
+    path : path
+        Folder written by ``Result.save`` or an object's ``save``.
+    model : nn.Module or callable, optional
+        The uncompressed architecture, or a function that builds it; needed only where the folder cannot
+        name it (your own class). Its weights are replaced.
+
+    Returns
+    -------
+    object
+        A model in eval mode, or the saved estimator, index or sketch.
+
+    Raises
+    ------
+    FormatError
+        If anything in the folder is missing, damaged, foreign, or does not fit the architecture.
+
+    Examples
+    --------
+    >>> import quernel, tempfile
+    >>> from quernel.models import DigitsCNN
+    >>> folder = quernel.models.save(DigitsCNN(), tempfile.mkdtemp())
+    >>> type(quernel.load(folder)).__name__
+    'DigitsCNN'
+    """
+    folder = read_folder(path)
+    file = str(folder.path / CONFIG)
+    kind = folder.content.get("kind")
+    if kind != "model":
+        cls = resolve_class(folder.content.get("class"), file=file, field="quernel.content.class")
+        if not hasattr(cls, "from_folder"):
+            raise FormatError(f"{file}: field 'quernel.content.class' names {cls.__name__}, which is not saved on its own")
+        return cls.from_folder(folder.content, folder.tensors)
+    architecture, modules = folder.content.get("architecture"), folder.content.get("modules")
+    if not isinstance(architecture, dict) or not isinstance(modules, dict):
+        raise FormatError(f"{file}: fields 'quernel.content.architecture' and '.modules' must be objects")
+    with parameters_on_meta():
+        built = _given(model) if model is not None else build_architecture(architecture, folder.path, folder.foreign)
+        swap_modules(built, modules, file=file)
+        cast_unsaved_buffers(built, folder.content.get("buffer_dtypes"), file=file)
+    assign_tensors(built, folder.tensors, file=file)
+    left = meta_leftovers(built)
+    if left:
+        raise FormatError(f"{file}: no saved tensor fills {', '.join(left[:5])}")
+    return built.eval()
+
+
+def save_model(
+    model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None, source: Any = None
+) -> Path:
+    """Save a model with every module that a method put into it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Possibly compressed. Its class decides whether the folder alone can rebuild it: classes of
+        ``quernel.models``, transformers and sentence-transformers models can.
+    path : path
+        Folder to create or to replace.
+    extra : mapping, optional
+        JSON-able notes kept beside the model (the recipe).
+    """
+    architecture = describe_architecture(model)
+    original = _signature_of(architecture, model)
+    content = {
+        "kind": "model",
+        "class": type(model).__name__,
+        "architecture": architecture,
+        "modules": changed_modules(model, original),
+        "buffer_dtypes": unsaved_buffer_dtypes(model),
+        "extra": dict(extra or {}),
+    }
+    return write_folder(path, content, dict(model.state_dict()), _foreign_keys(model, architecture))
+
+
+def describe_architecture(model: nn.Module) -> dict[str, Any]:
+    """Return how a folder names the uncompressed architecture of ``model``."""
+    root = type(model).__module__.partition(".")[0]
+    if is_registered(model):
+        return {"library": "quernel", "class": type(model).__name__, "config": model.config()}  # type: ignore[operator]
+    if root == "transformers" and hasattr(model, "config"):
+        # to_dict() drops non-JSON values; the digest needs plain JSON.
+        return {"library": "transformers", "class": type(model).__name__, "config": model.config.to_dict()}
+    return {"library": None, "class": f"{type(model).__module__}.{type(model).__qualname__}", "config": {}}
+
+
+def build_architecture(architecture: Mapping[str, Any], path: Path, foreign: Mapping[str, Any]) -> nn.Module:
+    """Build the model that ``describe_architecture`` named; call within ``parameters_on_meta``."""
+    library, name, config = architecture.get("library"), architecture.get("class"), architecture.get("config")
+    file = str(path / CONFIG)
+    if library == "quernel":
+        cls = resolve_class(name, file=file, field="quernel.content.architecture.class")
+        model = cls.from_config(config)  # type: ignore[attr-defined]
+    elif library == "transformers":
+        model = _transformers_model(str(name), dict(config or {}), file)
+    else:
+        raise QuernelError(
+            f"{path} holds a model of class {name!r}, which Quernel cannot build by itself. "
+            "Pass it: quernel.load(path, model=YourClass(...)) or model=a function that builds it"
+        )
+    if not isinstance(model, nn.Module):
+        raise FormatError(f"{file}: field 'quernel.content.architecture.class' names {name!r}, which is not a model")
+    return model
+
+
+def _transformers_model(name: str, config: dict[str, Any], file: str) -> nn.Module:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingExtraError(f"loading a transformers model ({name})", "hf") from error
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise FormatError(f"{file}: field 'quernel.content.architecture.class' names {name!r}, not a transformers model")
+    try:
+        settings = transformers.AutoConfig.for_model(**config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise FormatError(f"{file}: field 'quernel.content.architecture.config' is no transformers config ({error})") from error
+    # from_config and not cls(settings): it applies the attention implementation; trust_remote_code stays off.
+    return cls._from_config(settings)  # type: ignore[no-any-return]
+
+
+def _signature_of(architecture: Mapping[str, Any], model: nn.Module) -> Any:
+    if architecture["library"] is None:
+        return None
+    with parameters_on_meta():
+        return signature(build_architecture(architecture, Path(), {}))
+
+
+def _foreign_keys(model: nn.Module, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
+    if architecture["library"] != "transformers":
+        return None
+    return architecture["config"] | {"architectures": [architecture["class"]]}  # type: ignore[no-any-return]
+
+
+def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if not callable(model):
+        raise QuernelError(f"model must be a module or a function that builds one; got {type(model).__name__}")
+    built = model()
+    if not isinstance(built, nn.Module):
+        raise QuernelError(f"model must build an nn.Module; got {type(built).__name__}")
+    return built
+

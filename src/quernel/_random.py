@@ -1,0 +1,42 @@
+"""Randomness without a global generator: child seeds, and one seed for NumPy, torch and row states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quernel._errors import QuernelError
+
+if TYPE_CHECKING:
+    import torch
+
+Seed = int | np.random.SeedSequence | np.random.Generator | None
+
+
+def generator(seed: Seed) -> np.random.Generator:
+    """Return a NumPy generator; an existing one passes through, None draws fresh entropy."""
+    if isinstance(seed, bool) or (isinstance(seed, int) and seed < 0):
+        raise QuernelError(f"seed must be a non-negative integer, a SeedSequence, a Generator or None; got {seed!r}")
+    return np.random.default_rng(seed)
+
+
+def spawn(seed: int | np.random.SeedSequence, n: int) -> list[np.random.SeedSequence]:
+    """Return ``n`` independent child seeds; the same call gives the same children."""
+    # A fresh sequence each time: SeedSequence.spawn itself counts up, so two calls would differ.
+    entropy = seed if isinstance(seed, int) else seed.entropy
+    key = () if isinstance(seed, int) else seed.spawn_key
+    return [np.random.SeedSequence(entropy, spawn_key=(*key, i)) for i in range(n)]
+
+
+def torch_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a torch generator seeded from the same source."""
+    import torch
+
+    # 63 bits: torch takes a signed seed on some back ends.
+    return torch.Generator(device).manual_seed(int(generator(seed).integers(0, 2**63 - 1)))
+
+
+def row_states(seed: Seed, n: int) -> np.ndarray:
+    """Return one non-zero uint64 state a row, shape (n,), for kernels that draw inside a loop."""
+    return generator(seed).integers(1, 2**64, size=n, dtype=np.uint64)

@@ -1,0 +1,83 @@
+"""Checks at the boundary: each names the argument, what was expected, what arrived."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from quernel._errors import QuernelError
+
+Value = TypeVar("Value")
+
+
+def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
+    """Return ``value`` as int if it is an integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise QuernelError(f"{name} must be an integer{_range(low, high)}; got {value!r}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise QuernelError(f"{name} must be an integer{_range(low, high)}; got {value!r}")
+    return int(value)
+
+
+def check_float(
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """Return ``value`` as float if it is a finite number in the interval; ``open_*`` exclude an end."""
+    bad = isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value)
+    if not bad:
+        bad = (low is not None and (value < low or (open_low and value == low))) or (
+            high is not None and (value > high or (open_high and value == high))
+        )
+    if bad:
+        raise QuernelError(f"{name} must be a finite number{_range(low, high, open_low, open_high)}; got {value!r}")
+    return float(value)
+
+
+def check_probability(name: str, value: Any) -> float:
+    """Return ``value`` as float if it lies in [0, 1]."""
+    return check_float(name, value, low=0.0, high=1.0)
+
+
+def check_choice(name: str, value: Value, choices: Collection[Value]) -> Value:
+    """Return ``value`` if it is one of ``choices``."""
+    if value not in choices:
+        raise QuernelError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    return value
+
+
+def check_type(name: str, value: Value, kinds: type | tuple[type, ...]) -> Value:
+    """Return ``value`` if it is an instance of ``kinds``."""
+    if not isinstance(value, kinds):
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise QuernelError(f"{name} must be {wanted}; got {type(value).__name__}")
+    return value
+
+
+def check_finite(name: str, tensor: Any) -> None:
+    """Raise unless every element of a tensor or array is finite."""
+    finite = tensor.isfinite().all() if hasattr(tensor, "isfinite") else _numpy_finite(tensor)
+    if not bool(finite):
+        raise QuernelError(f"{name} holds NaN or infinity; clean it before passing it on")
+
+
+def _numpy_finite(array: Any) -> bool:
+    import numpy as np
+
+    return bool(np.isfinite(array).all())
+
+
+def _range(low: Any, high: Any, open_low: bool = False, open_high: bool = False) -> str:
+    if low is None and high is None:
+        return ""
+    left = "(-inf" if low is None else f"{'(' if open_low else '['}{low}"
+    right = "inf)" if high is None else f"{high}{')' if open_high else ']'}"
+    return f" in {left}, {right}"

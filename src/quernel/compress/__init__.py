@@ -1,0 +1,28 @@
+"""Shrink a trained model: ``compress`` applies methods, ``search`` finds the best under a budget."""
+
+from quernel._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Budget": "._search",
+        "Cast": ".cast",
+        "Context": "._method",
+        "CrossQuant": ".quant.crossquant",
+        "FeatureMerging": ".prune.feature_merging",
+        "LayerPlan": "._method",
+        "Method": "._method",
+        "PerModuleMethod": "._method",
+        "Plan": "._method",
+        "Result": "._compress",
+        "SearchResult": "._search",
+        "UniformLowRank": ".lowrank.uniform",
+        "WeLore": ".lowrank.welore",
+        "WeightInt8": ".quant.weight_int8",
+        "compress": "._compress",
+        "feature_complexity": ".prune.feature_merging",
+        "graph": ".graph",
+        "quantization_kernel": ".quant.crossquant",
+        "search": "._search",
+    },
+)

@@ -1,0 +1,281 @@
+"""``compress``: apply methods to a model in their natural order, and measure what came of it.
+
+The model is copied (unless ``inplace=True``), each method observes the result of the one before, and the
+report compares the two models in the same run: bytes stored, latency, metric, output error of each layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quernel import __version__
+from quernel._errors import QuernelError
+from quernel._load import save_model
+from quernel.compress._measure import (
+    Evaluate,
+    checked_metric,
+    environment,
+    layer_errors,
+    paired_latency,
+)
+from quernel.compress._method import NEEDS, STAGES, Context, Forward, LayerPlan, Method, Progress
+from quernel.nn.weights import unique_bytes
+from quernel.report import LayerReport, Report
+
+Finetune = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``compress`` returns: the new model, the report, and the recipe that made it."""
+
+    model: nn.Module
+    report: Report
+    recipe: dict[str, Any]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Save the model, its recipe and its report to a folder that ``quernel.load`` reads.
+
+        Parameters
+        ----------
+        path : path
+            Created, or replaced in one step: an interrupted save leaves the old model loadable.
+
+        Returns
+        -------
+        path : Path
+        """
+        folder = save_model(self.model, path, extra={"recipe": self.recipe})
+        self.report.save_json(folder / "report.json")
+        self.report.save_html(folder / "report.html")
+        return folder
+
+
+def compress(
+    model: nn.Module,
+    method: Method | Sequence[Method],
+    *,
+    data: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    evaluate: Evaluate | None = None,
+    finetune: Finetune | None = None,
+    forward: Forward | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    inplace: bool = False,
+) -> Result:
+    """Compress a model with one method or several.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left untouched unless ``inplace=True``. Device and training mode are kept.
+    method : Method or sequence of Method
+        A list is applied in natural order: fold, prune, low-rank, smooth, quantise, cast.
+    data : re-iterable of batches, optional
+        A mapping is passed as keywords, a tuple as positions, a tensor alone. Labels never reach the model.
+        An ``attention_mask`` keeps padding out of the statistics.
+    example_inputs : tensor, tuple or mapping, optional
+        For methods that trace the model, and for latency; default is the first batch.
+    evaluate : callable, optional
+        ``evaluate(model) -> float``, larger is better.
+    finetune : callable, optional
+        ``finetune(model)`` trains the compressed model in place, after all methods.
+    forward : callable, optional
+        ``forward(model, batch)`` for batches of another kind.
+    include, exclude : sequences of str
+        Glob patterns over module names; a bare word names a module and all below it.
+    dry_run : bool, default=False
+        Only plan: the returned model is the original, the report says what each layer would get.
+        Of several methods, all but the last are applied to a copy, since the last must see their result.
+    progress : callable, optional
+        ``progress(message, fraction)``.
+    inplace : bool, default=False
+        Edit ``model`` itself and save the memory of a copy.
+
+    Returns
+    -------
+    result : Result
+        ``.model``, ``.report``, ``.recipe``, ``.save(dir)``.
+
+    Raises
+    ------
+    QuernelError
+        If a method lacks what it needs, nothing can be compressed, or ``evaluate`` fails. The original
+        model is unharmed.
+
+    Examples
+    --------
+    >>> import torch, quernel
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+    >>> result = quernel.compress.compress(model, quernel.compress.WeightInt8())
+    >>> result.report.bytes_after < 0.3 * result.report.bytes_before
+    True
+    """
+    start = time.perf_counter()
+    methods = ordered(method)
+    context = Context(data, example_inputs, forward, include, exclude, progress)
+    check_needs(model, methods, context, finetune)
+    inplace = inplace and not dry_run
+    bytes_before = unique_bytes(model)
+    metric_before = None if evaluate is None else checked_metric(evaluate, model, "the uncompressed model")
+    sizes = {name: unique_bytes(m) for name, m in model.named_modules() if name}
+    work = model if inplace else copy.deepcopy(model)
+    made = run_methods(work, methods, context, dry_run=dry_run)
+    if finetune is not None and not dry_run:
+        finetune(work)
+    reference = None if inplace else model
+    errors = {} if reference is None or dry_run else layer_errors(reference, work, made.comparable, context)
+    times = None if reference is None or dry_run else paired_latency(reference, work, context)
+    report = Report(
+        title=f"{type(model).__name__}: {' + '.join(m.label for m in methods)}",
+        methods=tuple(m.label for m in methods),
+        bytes_before=bytes_before,
+        bytes_after=bytes_before if dry_run else unique_bytes(work),
+        latency_ms_before=None if times is None else times.peer_ms,
+        latency_ms_after=None if times is None else times.ours_ms,
+        latency_speedup=None if times is None else times.ratio,
+        metric=None if evaluate is None else metric_name(evaluate),
+        metric_before=metric_before,
+        metric_after=None
+        if evaluate is None or dry_run
+        else checked_metric(evaluate, work, "the compressed model; the original is unharmed"),
+        layers=_layer_reports(model if reference is not None else work, work, made.layers, sizes, errors),
+        warnings=(*made.warnings, *(() if times is None or times.valid else (f"latency: {times.void}",))),
+        summary=made.summary,
+        environment=environment(),
+        seconds=time.perf_counter() - start,
+    )
+    recipe = {
+        "quernel": __version__,
+        "methods": [m.describe() for m in methods],
+        "include": list(include),
+        "exclude": list(exclude),
+    }
+    return Result(model if dry_run else work, report, recipe)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run of several methods did, layer by layer."""
+
+    layers: dict[str, LayerPlan]
+    comparable: tuple[str, ...]
+    warnings: tuple[str, ...]
+    summary: dict[str, Any]
+
+
+def ordered(method: Method | Sequence[Method]) -> list[Method]:
+    """Return the methods in natural order; equal stages keep the user's order."""
+    methods = [method] if isinstance(method, Method) else list(method)
+    if not methods:
+        raise QuernelError("method must be a compression method or a non-empty list of them; got an empty list")
+    for m in methods:
+        if not isinstance(m, Method):
+            hint = f"; did you mean {m.__name__}()?" if isinstance(m, type) and issubclass(m, Method) else ""
+            raise QuernelError(f"method must hold compression methods; got {m!r}{hint}")
+    return sorted(methods, key=lambda m: STAGES.index(m.stage))
+
+
+def check_needs(model: nn.Module, methods: Sequence[Method], context: Context, finetune: Finetune | None) -> None:
+    """Raise before any work if the model is no module or a method lacks what it needs."""
+    if not isinstance(model, nn.Module):
+        raise QuernelError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    have = {
+        "data": context.data is not None,
+        "graph": context.data is not None or context.example_inputs is not None,
+        "finetune": finetune is not None,
+    }
+    remedy = {"data": "data=", "graph": "example_inputs= (or data=)", "finetune": "finetune="}
+    for m in methods:
+        for need in sorted(m.needs & NEEDS):
+            if not have[need]:
+                raise QuernelError(f"{type(m).__name__} needs {need}; pass {remedy[need]}")
+    if context.data is not None:
+        next(context.batches())
+
+
+def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *, dry_run: bool = False) -> Made:
+    """Plan and apply each method in turn; ``dry_run`` leaves out the last ``apply``."""
+    layers: dict[str, LayerPlan] = {}
+    warnings: list[str] = []
+    summary: dict[str, Any] = {}
+    touched: dict[str, bool] = {}
+    for i, m in enumerate(methods):
+        plan = m.plan(model, context)
+        if not (dry_run and i == len(methods) - 1):
+            m.apply(model, plan)
+        warnings += plan.warnings
+        summary |= {f"{m.label}: {k}" if len(methods) > 1 else k: v for k, v in plan.summary.items()}
+        for layer in plan.layers:
+            layers[layer.name] = _merged(layers.get(layer.name), layer)
+            if not layer.skipped:
+                touched[layer.name] = touched.get(layer.name, True) and m.keeps_shapes
+    if not layers:
+        names = " or ".join(sorted({t.__name__ for m in methods for t in m.targets})) or "module"
+        raise QuernelError(
+            f"there is nothing to compress: {' + '.join(m.label for m in methods)} found no {names} that "
+            "include= and exclude= allow in this model"
+        )
+    if not touched:
+        reasons = "; ".join(sorted({layer.reason for layer in layers.values() if layer.reason})[:3])
+        warnings.append(f"nothing was changed{f': {reasons}' if reasons else ''}")
+    return Made(layers, tuple(name for name, same in touched.items() if same), tuple(warnings), summary)
+
+
+def metric_name(evaluate: Evaluate) -> str:
+    """Return what the report calls the metric: ``evaluate.metric``, or the function's name."""
+    name = getattr(evaluate, "metric", None) or getattr(evaluate, "__name__", None)
+    return str(name or type(evaluate).__name__)
+
+
+def _merged(before: LayerPlan | None, now: LayerPlan) -> LayerPlan:
+    """Join what two methods did to one layer; being skipped by one hides nothing of the other."""
+    if before is None or (before.skipped and not now.skipped):
+        return now
+    if now.skipped:
+        return before
+    details = {**before.details, **now.details}
+    return replace(now, action=f"{before.action} + {now.action}", details=details)
+
+
+def _layer_reports(
+    before: nn.Module,
+    after: nn.Module,
+    plans: dict[str, LayerPlan],
+    sizes: dict[str, int],
+    errors: dict[str, float],
+) -> tuple[LayerReport, ...]:
+    kinds = {name: type(m).__name__ for name, m in before.named_modules() if name}
+    now = dict(after.named_modules())
+    rows = []
+    for name, kind in kinds.items():
+        plan = plans.get(name)
+        own = any(True for _ in before.get_submodule(name).parameters(recurse=False))
+        inside = any(name.startswith(f"{other}.") for other in plans if other)
+        if plan is None and (not own or inside):
+            continue
+        size = sizes.get(name, 0)
+        rows.append(
+            LayerReport(
+                name=name,
+                kind=kind,
+                action="keep" if plan is None else plan.action,
+                reason="no method took it" if plan is None else plan.reason,
+                bytes_before=size,
+                bytes_after=unique_bytes(now[name]) if name in now else 0,
+                relative_error=errors.get(name),
+                details={} if plan is None else dict(plan.details),
+            )
+        )
+    return tuple(rows)

@@ -1,0 +1,113 @@
+"""What the report measures: metric, paired latency, relative output error of each layer, the machine."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quernel import __version__
+from quernel._errors import QuernelError
+from quernel._module_tree import is_registered
+from quernel._timing import PairedRatio, paired_ratio
+from quernel.compress._method import Context, evaluating, run_batch
+
+Evaluate = Callable[[nn.Module], float]
+
+LATENCY_SECONDS = 3.0
+
+
+def checked_metric(evaluate: Evaluate, model: nn.Module, what: str) -> float:
+    """Return ``evaluate(model)`` as a finite float, or say what went wrong and on which model."""
+    with evaluating(model):
+        try:
+            value = evaluate(model)
+        except QuernelError:
+            raise
+        except Exception as error:
+            raise QuernelError(f"evaluate raised {type(error).__name__} on {what}: {error}") from error
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise QuernelError(f"evaluate must return a finite number, larger is better; got {value!r} on {what}")
+    return float(value)
+
+
+def paired_latency(before: nn.Module, after: nn.Module, context: Context) -> PairedRatio | None:
+    """Time one batch through both models, interleaved; None where there is no batch to time."""
+    batch = timing_batch(context)
+    if batch is None:
+        return None
+    forward = context.forward
+
+    def runner(model: nn.Module) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.inference_mode():
+                return run_batch(model, batch, forward)
+
+        return run
+
+    with evaluating(before, after):
+        return paired_ratio(runner(after), runner(before), rounds=9, max_seconds=LATENCY_SECONDS)
+
+
+def timing_batch(context: Context) -> Any:
+    """Return the batch that latency is measured on: the example inputs, else the first batch of data."""
+    if context.example_inputs is not None:
+        return context.example_inputs
+    return None if context.data is None else next(context.batches())
+
+
+def layer_errors(before: nn.Module, after: nn.Module, names: Sequence[str], context: Context) -> dict[str, float]:
+    """Feed each layer's original input to both layers: ``||y - y'|| / ||y||`` on the first batch.
+
+    Runs inside one pass of the original model, so that only one layer's tensors live at a time.
+    """
+    batch = timing_batch(context)
+    errors: dict[str, float] = {}
+    if batch is None or not names:
+        return errors
+    replaced = dict(after.named_modules())
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and name not in errors:
+                new = replaced[name](*_in_own_dtype(replaced[name], args))
+                difference, norm = (new.float() - output.float()).norm(), output.float().norm()
+                errors[name] = float(difference / norm) if float(norm) else float(difference)
+
+        return hook
+
+    known = dict(before.named_modules())
+    handles = [known[name].register_forward_hook(hook_for(name)) for name in names if name in known and name in replaced]
+    try:
+        with evaluating(before, after), torch.no_grad():
+            run_batch(before, batch, context.forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return errors
+
+
+def _in_own_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cast inputs for torch's own layers, which refuse a dtype that is not their parameters'."""
+    own = next((p.dtype for p in module.parameters(recurse=False) if p.is_floating_point()), None)
+    if own is None or is_registered(module):
+        return args
+    return tuple(a.to(own) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def environment() -> dict[str, str | int]:
+    """Return what a reader needs to place the numbers: versions, processor, threads."""
+    return {
+        "quernel": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }

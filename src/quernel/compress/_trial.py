@@ -1,0 +1,163 @@
+"""One trial of a search, and the folder that remembers finished ones.
+
+A trial is keyed by the digest of the weights, the methods with their settings, the data and the metric's
+name, so a resumed search finds exactly what it may reuse. Each trial is one JSON file, replaced atomically.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quernel._errors import FormatError, QuernelError
+from quernel._io import digest_of, write_atomically
+from quernel._load import save_model
+from quernel._timing import latency_ms
+from quernel.compress._compress import check_needs, run_methods
+from quernel.compress._measure import Evaluate, checked_metric, timing_batch
+from quernel.compress._method import Context, Method, evaluating, run_batch
+
+TRIAL_VERSION = 1
+LATENCY_SECONDS = 1.5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a candidate came to; ``metric`` is that of the selecting split."""
+
+    candidate: tuple[Method, ...]
+    file_bytes: int
+    metric: float | None = None
+    latency_ms: float | None = None
+    reason: str = ""
+    key: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the candidate could be run."""
+        return not self.reason
+
+    @property
+    def label(self) -> str:
+        """Names of the methods, joined."""
+        return " + ".join(m.label for m in self.candidate) or "uncompressed"
+
+
+class TrialStore:
+    """Finished trials of one model, data and metric; with no folder it only computes keys."""
+
+    def __init__(self, folder: Path | None, weights: str, data: str, metric: str) -> None:
+        self.folder = None if folder is None else folder / "trials"
+        self.identity = {"version": TRIAL_VERSION, "weights": weights, "data": data, "metric": metric}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def key(self, candidate: tuple[Method, ...]) -> str:
+        """Return the digest under which a candidate is stored."""
+        return digest_of(self.identity | {"methods": [m.describe() for m in candidate]})[:32]
+
+    def get(self, candidate: tuple[Method, ...]) -> Trial | None:
+        """Return a finished trial, or None."""
+        key = self.key(candidate)
+        if self.folder is None or not (self.folder / f"{key}.json").exists():
+            return None
+        file = self.folder / f"{key}.json"
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            return Trial(candidate, fields["file_bytes"], fields["metric"], fields["latency_ms"], fields["reason"], key)
+        except (ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"{file}: not a finished trial ({error}); delete it to run the trial again") from error
+
+    def put(self, trial: Trial) -> None:
+        """Write a trial down; a reader sees all of it or nothing."""
+        if self.folder is None:
+            return
+        key = self.key(trial.candidate)
+        fields: dict[str, Any] = {
+            "file_bytes": trial.file_bytes,
+            "metric": trial.metric,
+            "latency_ms": trial.latency_ms,
+            "reason": trial.reason,
+            "methods": [m.describe() for m in trial.candidate],
+        }
+        write_atomically(self.folder / f"{key}.json", (json.dumps(fields, indent=1) + "\n").encode())
+
+
+def run_trial(
+    model: nn.Module, candidate: tuple[Method, ...], select: Evaluate, options: Mapping[str, Any], *, timed: bool
+) -> Trial:
+    """Compress a copy with ``candidate``, count its file bytes, judge it, and time it alone if asked."""
+    options = dict(options)
+    finetune = options.pop("finetune", None)
+    context = Context(**options)
+    work = copy.deepcopy(model)
+    try:
+        check_needs(work, candidate, context, finetune)
+        run_methods(work, candidate, context)
+        if finetune is not None:
+            finetune(work)
+        metric = checked_metric(select, work, "this candidate")
+    except QuernelError as error:
+        return Trial(candidate, 0, reason=str(error))
+    return Trial(candidate, stored_bytes(work), metric, _alone(work, context) if timed else None)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Return the bytes of the files that saving the model writes."""
+    with tempfile.TemporaryDirectory(prefix="quernel-") as folder:
+        save_model(model, folder)
+        return sum(file.stat().st_size for file in Path(folder).iterdir())
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a digest of names, dtypes, shapes and values of all stored tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def data_digest(data: Iterable[Any] | None) -> str:
+    """Return a digest of all tensors in the batches."""
+    digest = hashlib.sha256()
+    for batch in data or ():
+        _feed(digest, batch)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode() + _bytes_of(value))
+    elif isinstance(value, Mapping):
+        for key in value:
+            digest.update(str(key).encode())
+            _feed(digest, value[key])
+    elif isinstance(value, tuple | list):
+        for part in value:
+            _feed(digest, part)
+    else:
+        digest.update(repr(value).encode())
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _alone(model: nn.Module, context: Context) -> float | None:
+    batch = timing_batch(context)
+    if batch is None:
+        return None
+    with evaluating(model), torch.inference_mode():
+        return latency_ms(
+            lambda: run_batch(model, batch, context.forward), samples=5, max_seconds=LATENCY_SECONDS
+        ).median_ms

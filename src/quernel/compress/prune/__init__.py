@@ -1,0 +1,1 @@
+"""Compression by removing channels and weights."""

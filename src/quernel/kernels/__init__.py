@@ -1,0 +1,17 @@
+"""Mathematics on matrices of samples: mergeable sums, ridge regression, factorisations, statistics."""
+
+from quernel._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "AbsMax": ".moments",
+        "Gram": ".moments",
+        "JitterWarning": ".linalg",
+        "Moments": ".moments",
+        "jittered_cholesky": ".linalg",
+        "solve_kernel_ridge": ".ridge",
+        "solve_ridge": ".ridge",
+        "statistics": ".statistics",
+    },
+)

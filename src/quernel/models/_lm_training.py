@@ -1,0 +1,130 @@
+"""Training of the tinyshakespeare model: a few CPU minutes once, then from the cache.
+
+Muon for the matrices (about twice as far as AdamW for the same tokens at this size), AdamW for embedding
+and norms, linear warm-up and decay, bfloat16 products where the processor has them. Most crops are short
+because they are cheap; every eighth step sees full contexts, so that all positions are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quernel import data
+from quernel._validate import check_int
+from quernel.models._cached import Progress, measured, seeded, trained
+from quernel.models.decoder import TinyLM
+
+STEPS = 1900
+_TOKENS_A_STEP = 4096
+_SHORT, _LONG, _LONG_EVERY = 256, 1024, 8
+_LEARNING_RATE, _WARM_UP, _LAST = 1e-2, 30, 0.02
+_WEIGHT_DECAY, _CLIP = 0.1, 1.0
+
+
+def recipe(steps: int = STEPS) -> dict[str, Any]:
+    """Return everything that decides the weights; its digest names the cache folder."""
+    return {
+        "version": 1,
+        "data": "tinyshakespeare/train",
+        "seed": 0,
+        "steps": steps,
+        "tokens_a_step": _TOKENS_A_STEP,
+        "crops": [_SHORT, _LONG, _LONG_EVERY],
+        "learning_rate": [_LEARNING_RATE, _WARM_UP, _LAST],
+        "weight_decay": _WEIGHT_DECAY,
+        "clip": _CLIP,
+        "architecture": {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 344},
+    }
+
+
+def tiny_lm(*, steps: int | None = None, progress: Progress | None = None) -> TinyLM:
+    """Return the character model of tinyshakespeare, trained on first use and cached.
+
+    Parameters
+    ----------
+    steps : int, optional
+        Fewer training steps give another, worse model with a cache folder of its own; for tests.
+    progress : callable, optional
+        ``progress(message, fraction)``, called while training.
+
+    Returns
+    -------
+    TinyLM
+        In eval mode. Context 1024 bytes, tied head.
+
+    Raises
+    ------
+    DataError
+        If the model is not cached and tinyshakespeare is absent.
+
+    Notes
+    -----
+    No global generator is touched. Weights differ in the last bits between processors and thread counts.
+    """
+    chosen = recipe(STEPS if steps is None else check_int("steps", steps, low=1))
+    return cast(TinyLM, trained("tiny-lm", chosen, lambda: _train(chosen, progress)))
+
+
+def tiny_lm_measured(*, steps: int = STEPS) -> dict[str, float]:
+    """Return what was measured when the cached model was trained: losses in nats a character, and seconds."""
+    return measured("tiny-lm", recipe(steps))
+
+
+def _train(chosen: Mapping[str, Any], progress: Progress | None) -> tuple[TinyLM, dict[str, float]]:
+    ids = {split: _ids(split) for split in ("train", "validation", "test")}
+    model = cast(TinyLM, seeded(chosen["seed"], lambda: TinyLM(**chosen["architecture"])))
+    generator = torch.Generator().manual_seed(chosen["seed"])
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers: tuple[torch.optim.Optimizer, ...] = (
+        torch.optim.Muon(matrices, weight_decay=_WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0),
+    )
+    steps, loss = chosen["steps"], torch.tensor(float("nan"))
+    for step in range(steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = _LEARNING_RATE * min((step + 1) / _WARM_UP, max(1 - step / steps, _LAST))
+            optimizer.zero_grad()
+        loss = _loss(model, _crops(ids["train"], _LONG if step % _LONG_EVERY == 0 else _SHORT, generator))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+        for optimizer in optimizers:
+            optimizer.step()
+        if progress is not None and step % 10 == 0:
+            progress(f"training tiny-lm, {loss.item():.2f} nats a character", step / steps)
+    model.eval()
+    return model, {f"{split}_loss": mean_loss(model, ids[split]) for split in ("validation", "test")}
+
+
+@torch.no_grad()
+def mean_loss(model: TinyLM, ids: Tensor) -> float:
+    """Return the mean next-token loss in nats over full contexts that do not overlap; ids: (T,)."""
+    length = min(model.context, len(ids) - 1)
+    windows = [ids[start : start + length + 1] for start in range(0, len(ids) - length, length)]
+    losses = [F.cross_entropy(model(w[None, :-1]).float().flatten(0, 1), w[1:]) for w in windows]
+    return float(torch.stack(losses).mean())
+
+
+def _ids(split: str) -> Tensor:
+    text = data.load("tinyshakespeare", split=split).text
+    return torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8).to(torch.int64)
+
+
+def _crops(ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    starts = torch.randint(len(ids) - length - 1, (_TOKENS_A_STEP // length,), generator=generator)
+    return torch.stack([ids[start : start + length + 1] for start in starts.tolist()])  # (B, length + 1)
+
+
+def _loss(model: TinyLM, crops: Tensor) -> Tensor:
+    # Older torch cannot tell and trains in float32: emulated bfloat16 would be slower.
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+        logits = model(crops[:, :-1])
+    return F.cross_entropy(logits.float().flatten(0, 1), crops[:, 1:].flatten())

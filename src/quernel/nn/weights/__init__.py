@@ -1,0 +1,15 @@
+"""Storage formats of weights: dense casts, int8, low rank."""
+
+from quernel._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "DenseWeight": ".dense",
+        "Int8Weight": ".int8",
+        "LowRankWeight": ".low_rank",
+        "StackedWeight": ".stacked",
+        "StoredWeight": "._base",
+        "unique_bytes": "._base",
+    },
+)

@@ -1,0 +1,11 @@
+"""Train compressed models: fine-tune what is left, and put it back together."""
+
+from quernel._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "low_rank_only": ".low_rank",
+        "merge_low_rank": ".low_rank",
+    },
+)

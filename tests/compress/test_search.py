@@ -1,0 +1,148 @@
+"""The budget search: the front, the choice, resuming, executors, budgets that cannot be met."""
+
+import json
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from quernel._errors import FormatError, QuernelError
+from quernel.compress import Budget, Cast, Method, WeightInt8, search
+from quernel.compress._menu import Point, combinations, front
+
+torch.manual_seed(0)
+MODEL = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+X = torch.linspace(-1, 1, 512).reshape(8, 64)
+WANTED = MODEL(X).detach()
+
+
+def closeness(model):
+    return 1.0 - float((model(X).float() - WANTED).norm() / WANTED.norm())
+
+
+class Counter:
+    """Counts evaluations; ``metric`` names it in reports and keys."""
+
+    metric = "closeness"
+
+    def __init__(self, fail_at=None):
+        self.calls, self.fail_at = 0, fail_at
+
+    def __call__(self, model):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        return closeness(model)
+
+
+def run(budget, **options):
+    options = {"data": [X], "evaluate": (closeness, closeness), "methods": [Cast(), WeightInt8()]} | options
+    return search(MODEL, budget, **options)
+
+
+def test_fewest_bytes_within_the_budget_are_chosen():
+    result = run(Budget(bytes=0.6, drop=0.1))
+    assert result.satisfied and result.report.satisfied
+    assert result.report.bytes_after == min(
+        t.bytes_after for t in result.report.trials if t.status == "ok" and t.metric > 0.9
+    ) or [m.label for m in result.chosen] == ["WeightInt8", "Cast"]
+    assert sum(t.chosen for t in result.report.trials) == 1
+
+
+def test_drop_excludes_the_coarser_method():
+    fine = run(Budget(drop=1e-9), methods=[Cast("float32"), WeightInt8()])
+    assert [m.label for m in fine.chosen] == ["Cast(dtype='float32')"]
+
+
+def test_unreachable_budget_returns_the_best_found_and_says_so():
+    result = run(Budget(bytes=0.01, drop=0.5))
+    assert not result.satisfied
+    assert any("was not met" in warning for warning in result.report.warnings)
+    best = min(t.file_bytes for t in result.trials if t.ok)
+    assert [t.file_bytes for t in result.trials if t.candidate == result.chosen] == [best]
+
+
+def test_one_metric_for_both_splits_is_said():
+    assert any("chose it" in w for w in run(Budget(drop=0.5), evaluate=closeness).report.warnings)
+    assert not any("chose it" in w for w in run(Budget(drop=0.5)).report.warnings)
+
+
+def test_combinations_use_each_stage_once_and_only_front_points():
+    points = [Point((Cast(),), 50, 0.9), Point((WeightInt8(),), 25, 0.8), Point((Cast("float16"),), 60, 0.7)]
+    assert [len(c) for c in combinations(points, [p.candidate for p in points])] == [2]
+    assert [p.bytes for p in front(points)] == [25, 50]
+
+
+def test_interrupted_search_resumes_where_it_was(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(Budget(drop=0.5), evaluate=(Counter(fail_at=3), closeness), resume=tmp_path)
+    assert len(list((tmp_path / "trials").iterdir())) == 1
+    again = Counter()
+    result = run(Budget(drop=0.5), evaluate=(again, closeness), resume=tmp_path)
+    assert again.calls == 1 + len(result.trials) - 1  # the untouched model, and all trials but the stored one
+    third = Counter()
+    assert run(Budget(drop=0.5), evaluate=(third, closeness), resume=tmp_path).chosen == result.chosen
+    assert third.calls == 1
+
+
+def test_other_weights_or_data_find_no_stored_trials(tmp_path):
+    run(Budget(drop=0.5), resume=tmp_path)
+    count = len(list((tmp_path / "trials").iterdir()))
+    run(Budget(drop=0.5), resume=tmp_path, data=[X + 1])
+    assert len(list((tmp_path / "trials").iterdir())) == 2 * count
+
+
+def test_damaged_trial_file_is_named(tmp_path):
+    run(Budget(drop=0.5), resume=tmp_path)
+    file = sorted((tmp_path / "trials").iterdir())[0]
+    file.write_text(file.read_text()[:20])
+    with pytest.raises(FormatError, match=file.name):
+        run(Budget(drop=0.5), resume=tmp_path)
+
+
+@pytest.mark.parametrize("kind", [ThreadPoolExecutor, ProcessPoolExecutor])
+def test_executors_find_the_same_point(kind):
+    with kind(1, **({"mp_context": __import__("multiprocessing").get_context("spawn")} if kind is ProcessPoolExecutor else {})) as pool:
+        result = run(Budget(bytes=0.6), executor=pool)
+    assert result.chosen == run(Budget(bytes=0.6)).chosen
+
+
+def test_failed_candidates_are_listed_with_their_reason():
+    class NeedsData(WeightInt8):
+        needs = frozenset({"data"})
+
+    result = run(Budget(drop=0.5), methods=[WeightInt8(), NeedsData()], data=None, example_inputs=X)
+    failed = [t for t in result.report.trials if t.status == "failed"]
+    assert failed and "needs data" in failed[0].reason
+
+
+def test_no_candidate_at_all_is_an_error():
+    with pytest.raises(QuernelError, match="no candidate"):
+        search(nn.Sequential(nn.ReLU()), Budget(drop=0.1), methods=[WeightInt8()], data=[X], evaluate=lambda m: 1.0)
+
+
+def test_default_menu_comes_from_the_registry():
+    result = search(MODEL, Budget(bytes=0.6), data=[X], evaluate=(closeness, closeness))
+    names = {type(m).__name__ for t in result.trials for m in t.candidate}
+    assert {"Cast", "WeightInt8"} <= names
+    assert all(isinstance(m, Method) for m in result.chosen)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("bytes", "bytes must"), ("size=3", "size=3"), ("drop=a", "drop"), ("bytes=1.5", "bytes"), ("", "bytes=")]
+)
+def test_bad_budgets_are_refused(text, word):
+    with pytest.raises(QuernelError, match=word):
+        Budget.parse(text)
+
+
+def test_budget_reads_fractions_and_absolute_bytes():
+    assert Budget.parse("bytes=0.5").bytes_limit(1000) == 500
+    assert Budget.parse("bytes=300,latency_ms=2").bytes_limit(1000) == 300
+
+
+def test_search_result_saves_its_trials(tmp_path):
+    result = run(Budget(bytes=0.6))
+    result.save(tmp_path)
+    assert len(json.loads((tmp_path / "report.json").read_text())["trials"]) == len(result.report.trials)
