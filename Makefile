@@ -53,7 +53,7 @@ generate: $(READY) ## rewrite the README table and the generated parts of docs/
 
 docs: $(READY) ## build the site into site/, strictly
 	$(BIN)/python docs/generate.py --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY) ## every benchmark, on a quiet machine
 	$(BIN)/quernel bench --write

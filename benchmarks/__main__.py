@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     print(_line(_HEADINGS))
     for row in _runner.run_cases(file, lambda case: options.case is None or options.case in case.name, settings):
+        if row.cold_ms is not None and row.name not in {other.name for other in rows}:
+            print(f"{row.name}: first call in a fresh process {row.cold_ms:.4g} ms", flush=True)
         rows.append(row)
         print(_line(_cells(row)), flush=True)
         if row.note:

@@ -23,7 +23,13 @@ PART = re.compile(r"(<!-- generated: ([a-z-]+(?: [a-z0-9-]+)?) -->\n)(.*?)(<!-- 
 def systems(link: str = "{slug}.md") -> str:
     """One row a system, in alphabetical order."""
     rows = [
-        [f"[{m['slug']}]({link.format(slug=m['slug'])})", m["pillar"], _one_line(m["summary"]), _paper(m["paper"]), m["verdict"]]
+        [
+            f"[{m['slug']}]({link.format(slug=m['slug'])})",
+            m["pillar"],
+            _one_line(m["summary"]),
+            _paper(m["paper"]),
+            m["verdict"],
+        ]
         for m in list_methods()
     ]
     return _table(["system", "pillar", "what it does", "paper", "claims"], rows)

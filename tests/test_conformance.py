@@ -6,9 +6,7 @@ from quernel._registry import Entry, catalogue
 from quernel.testing import checks_for
 
 CASES = [
-    pytest.param(entry, name, id=f"{entry.name}-{name}")
-    for entry in catalogue()
-    for name in checks_for(entry.contract)
+    pytest.param(entry, name, id=f"{entry.name}-{name}") for entry in catalogue() for name in checks_for(entry.contract)
 ]
 
 

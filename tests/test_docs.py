@@ -6,7 +6,9 @@ import doctest
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -32,9 +34,10 @@ def _name(page: Path) -> str:
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The blocks of one page are one story: they share their names.
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": f"docs_{page.stem}"}
+    module = ModuleType(f"docs_{page.stem.replace('-', '_')}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
     for number, code in enumerate(_blocks(page, "python"), start=1):
-        exec(compile(code, f"{_name(page)}, block {number}", "exec", dont_inherit=True), names)
+        exec(compile(code, f"{_name(page)}, block {number}", "exec", dont_inherit=True), vars(module))
 
 
 @pytest.mark.parametrize("file", MODULES, ids=_name)
@@ -66,7 +69,10 @@ def test_commands_shown_exist(page: str, line: str) -> None:
     for name in [part.strip() for part in words[0].split("|")]:
         assert name in commands, f"{page} shows `{line}`"
         options = {option for parameter in commands[name].params for option in parameter.opts}
-        assert {word.partition("=")[0] for word in words[1:] if word.startswith("--")} <= options | {"--help", "--debug"}
+        assert {word.partition("=")[0] for word in words[1:] if word.startswith("--")} <= options | {
+            "--help",
+            "--debug",
+        }
 
 
 def test_every_public_pillar_is_documented_somewhere() -> None:

@@ -16,7 +16,14 @@ from quernel._catalogue import list_methods
 from quernel._registry import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("## When to use it, and when not", "## Cost", "## Example", "## Claims measured here", "## Timings", "## Citation")
+SECTIONS = (
+    "## When to use it, and when not",
+    "## Cost",
+    "## Example",
+    "## Claims measured here",
+    "## Timings",
+    "## Citation",
+)
 LONGEST_EXAMPLE = 6
 
 

@@ -7,6 +7,7 @@ how they treat floating point and threads; files are short, have a docstring and
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ NUMPY_RANDOM = {"default_rng", "Generator", "SeedSequence", "BitGenerator", "PCG
 TORCH_DRAWS = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "poisson"}
 TORCH_SEEDS = {"torch.manual_seed", "torch.seed", "torch.random.manual_seed", "torch.set_rng_state"}
 # Modules follow torch: their initialisation may draw from the default generator. Trainers and models too.
-FOLLOWS_TORCH = {"nn", "train", "models", "testing"}
+FOLLOWS_TORCH = {"nn", "train", "models"}
 UNSAFE_MATH = {"nnan", "ninf", "fast"}
 # One person's folders have no business in code that travels.
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|mnt|opt|Users)/\w")
@@ -53,6 +54,7 @@ def _relative(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
+@functools.cache
 def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
@@ -86,11 +88,13 @@ def test_nothing_is_left_unfinished_or_tied_to_one_machine(file: Path) -> None:
 @package_file
 def test_no_banned_statements(file: Path) -> None:
     wrong = []
+    # The conformance suites ask whether a value can be hashed.
+    banned = BANNED_CALLS.keys() - ({"hash"} if _pillar(file) == "testing" else set())
     for node in ast.walk(_tree(file)):
         line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Assert):
             wrong.append(f"{line}: assert; raise a quernel error that names the argument")
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BANNED_CALLS:
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in banned:
             wrong.append(f"{line}: {node.func.id}(); {BANNED_CALLS[node.func.id]}")
         elif isinstance(node, ast.Import):
             wrong += [f"{line}: import {a.name}" for a in node.names if a.name.partition(".")[0] in BANNED_MODULES]
@@ -104,6 +108,10 @@ def test_no_banned_statements(file: Path) -> None:
     assert not wrong
 
 
+def _pillar(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0]
+
+
 def _swallows(node: ast.ExceptHandler) -> bool:
     if node.type is None:
         return True
@@ -113,7 +121,9 @@ def _swallows(node: ast.ExceptHandler) -> bool:
 
 @package_file
 def test_no_global_random_state(file: Path) -> None:
-    pillar = file.relative_to(SOURCE).parts[0]
+    pillar = _pillar(file)
+    if pillar == "testing":
+        return  # it watches the global generators
     wrong = []
     for node in ast.walk(_tree(file)):
         if not isinstance(node, ast.Call):
@@ -138,9 +148,7 @@ def test_foreign_files_are_read_safely(file: Path) -> None:
         if not isinstance(node, ast.Call):
             continue
         name, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-        if name == "torch.load" and (
-            file.relative_to(SOURCE).parts[0] != "data" or given.get("weights_only") != "True"
-        ):
+        if name == "torch.load" and (_pillar(file) != "data" or given.get("weights_only") != "True"):
             wrong.append(f"{node.lineno}: torch.load")
         if given.get("allow_pickle", "False") != "False" or given.get("trust_remote_code", "False") != "False":
             wrong.append(f"{node.lineno}: {name} runs foreign code")
@@ -212,7 +220,7 @@ def test_every_public_name_resolves(name: str) -> None:
             assert getattr(module, public) is not None
         except quernel._errors.MissingExtraError:
             continue  # an optional package is not installed here
-        assert public in dir(module)
+        assert public in dir(module) or public.startswith("__")
 
 
 def test_registered_names_are_unique() -> None:

@@ -68,8 +68,18 @@ def test_second_save_replaces_the_first_and_leaves_no_old_tensors(tmp_path):
         (lambda d: _redigest(d, lambda q: q["tensors"].update(aliases={"x": "nowhere"})), "aliases"),
         (lambda d: _redigest(d, lambda q: q.update(content=[])), "content"),
         (lambda d: _redigest(d, lambda q: q["content"].update(architecture=3)), "architecture"),
-        (lambda d: _redigest(d, lambda q: q["content"]["modules"].update({"0": {"class": "os.system", "config": {}}})), "0"),
-        (lambda d: _redigest(d, lambda q: q["content"]["modules"].update({"9": {"class": "torch.Linear", "config": {}}})), "9"),
+        (
+            lambda d: _redigest(
+                d, lambda q: q["content"]["modules"].update({"0": {"class": "os.system", "config": {}}})
+            ),
+            "0",
+        ),
+        (
+            lambda d: _redigest(
+                d, lambda q: q["content"]["modules"].update({"9": {"class": "torch.Linear", "config": {}}})
+            ),
+            "9",
+        ),
         (lambda d: _redigest(d, lambda q: q["content"]["modules"]["0"].update({"class": "torch.Transformer"})), "0"),
         (lambda d: _redigest(d, lambda q: q["content"]["modules"]["0"]["config"].update(in_features=7)), "0.weight"),
     ],

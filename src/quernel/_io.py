@@ -148,7 +148,9 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
             "Install the Quernel that wrote it, or save the object again"
         )
     if subtree.get("digest") != digest_of({k: v for k, v in subtree.items() if k != "digest"}):
-        raise FormatError(f"{config}: field 'quernel.digest' does not match its contents; the file was edited or damaged")
+        raise FormatError(
+            f"{config}: field 'quernel.digest' does not match its contents; the file was edited or damaged"
+        )
     for field, kind in (("content", dict), ("tensors", dict)):
         if not isinstance(subtree.get(field), kind):
             raise FormatError(f"{config}: field 'quernel.{field}' must be an object; got {subtree.get(field)!r}")

@@ -11,9 +11,7 @@ from quernel._errors import MissingExtraError
 Where = str | tuple[str, str]
 
 
-def attach(
-    package: str, table: Mapping[str, Where]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def attach(package: str, table: Mapping[str, Where]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Build ``__getattr__``, ``__dir__`` and ``__all__`` of a package from its name table.
 
     Parameters

@@ -64,7 +64,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
     if kind != "model":
         cls = resolve_class(folder.content.get("class"), file=file, field="quernel.content.class")
         if not hasattr(cls, "from_folder"):
-            raise FormatError(f"{file}: field 'quernel.content.class' names {cls.__name__}, which is not saved on its own")
+            raise FormatError(
+                f"{file}: field 'quernel.content.class' names {cls.__name__}, which is not saved on its own"
+            )
         return cls.from_folder(folder.content, folder.tensors)
     architecture, modules = folder.content.get("architecture"), folder.content.get("modules")
     if not isinstance(architecture, dict) or not isinstance(modules, dict):
@@ -145,11 +147,15 @@ def _transformers_model(name: str, config: dict[str, Any], file: str) -> nn.Modu
         raise MissingExtraError(f"loading a transformers model ({name})", "hf") from error
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise FormatError(f"{file}: field 'quernel.content.architecture.class' names {name!r}, not a transformers model")
+        raise FormatError(
+            f"{file}: field 'quernel.content.architecture.class' names {name!r}, not a transformers model"
+        )
     try:
         settings = transformers.AutoConfig.for_model(**config)
     except (TypeError, ValueError, KeyError) as error:
-        raise FormatError(f"{file}: field 'quernel.content.architecture.config' is no transformers config ({error})") from error
+        raise FormatError(
+            f"{file}: field 'quernel.content.architecture.config' is no transformers config ({error})"
+        ) from error
     # from_config and not cls(settings): it applies the attention implementation; trust_remote_code stays off.
     return cls._from_config(settings)  # type: ignore[no-any-return]
 
@@ -176,4 +182,3 @@ def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(built, nn.Module):
         raise QuernelError(f"model must build an nn.Module; got {type(built).__name__}")
     return built
-

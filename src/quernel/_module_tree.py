@@ -93,7 +93,11 @@ def swap_modules(model: nn.Module, modules: Mapping[str, Any], *, file: str) -> 
         try:
             holder = model.get_submodule(parent)
             holder.get_submodule(child)
-            new = model.get_submodule(description["alias"]) if "alias" in description else _build(description, file, field)
+            new = (
+                model.get_submodule(description["alias"])
+                if "alias" in description
+                else _build(description, file, field)
+            )
         except (AttributeError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise FormatError(f"{file}: field {field!r} does not fit this architecture ({error})") from error
         setattr(holder, child, new)
@@ -143,7 +147,9 @@ def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, file: str
         tensor = tensors[name]
         if isinstance(own, nn.Parameter):
             if id(tensor) not in parameters:
-                parameters[id(tensor)] = nn.Parameter(tensor, requires_grad=own.requires_grad and tensor.is_floating_point())
+                parameters[id(tensor)] = nn.Parameter(
+                    tensor, requires_grad=own.requires_grad and tensor.is_floating_point()
+                )
             tensor = parameters[id(tensor)]
         state[name] = tensor
     model.load_state_dict(state, assign=True)
@@ -186,7 +192,9 @@ def unsaved_buffer_dtypes(model: nn.Module) -> dict[str, str]:
 def cast_unsaved_buffers(model: nn.Module, dtypes: Any, *, file: str) -> None:
     """Give the buffers of ``unsaved_buffer_dtypes`` the dtype they had when the model was saved."""
     field = "quernel.content.buffer_dtypes"
-    if not isinstance(dtypes, dict) or not all(isinstance(getattr(torch, str(d), None), torch.dtype) for d in dtypes.values()):
+    if not isinstance(dtypes, dict) or not all(
+        isinstance(getattr(torch, str(d), None), torch.dtype) for d in dtypes.values()
+    ):
         raise FormatError(f"{file}: field {field!r} must map buffer names to dtypes; got {dtypes!r}")
     buffers = dict(model.named_buffers())
     for name, dtype in dtypes.items():

@@ -118,13 +118,12 @@ def _entries_in(file: Path, root: Path) -> list[Entry]:
     if "@register(" not in source:
         return []
     module = ".".join(("quernel", *file.relative_to(root).with_suffix("").parts))
-    found = []
+    found: list[Entry] = []
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):
             continue
-        for call in node.decorator_list:
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
-                found.append(_entry(call, node, module, file))
+        calls = (call for call in node.decorator_list if isinstance(call, ast.Call))
+        found += [_entry(call, node, module, file) for call in calls if ast.unparse(call.func) == "register"]
     return found
 
 
@@ -136,6 +135,8 @@ def _entry(call: ast.Call, node: ast.ClassDef, module: str, file: Path) -> Entry
         raise QuernelError(f"{file}: @register of {node.name} must be given literals") from error
     if fields.get("contract") not in CONTRACTS or fields.get("status") not in STATUSES:
         raise QuernelError(f"{file}: @register of {node.name} has an unknown contract or status: {fields}")
+    if not isinstance(slug, str) or not isinstance(fields.get("pillar"), str):
+        raise QuernelError(f"{file}: @register of {node.name} lacks its slug or its pillar: {fields}")
     summary = (ast.get_docstring(node) or "").partition("\n")[0]
     return Entry(
         slug=slug,

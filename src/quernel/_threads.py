@@ -15,7 +15,10 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 Work = Callable[[int, int], Any]
 
@@ -30,6 +33,9 @@ class _Process:
         self.lock = threading.Lock()
         self.pool: ThreadPoolExecutor | None = None
         self.pool_size = 0
+        # Workspaces of OpenMP's workers by native thread id: those are no Python threads, so what is
+        # thread-local there is lost after every range.
+        self.team_workspaces: dict[int, dict[tuple[str, Any], torch.Tensor]] = {}
 
 
 _process = _Process(forked=False)
@@ -94,10 +100,9 @@ def parallel_ranges(work: Work, n: int, *, grain: int = 1, threads: int | None =
     if team is not None:
         team(run, parts)
     else:
-        others = [_pool(parts - 1).submit(run, part) for part in range(1, parts)]
-        run(0)
-        for other in others:
-            other.result()
+        # All ranges go to the pool, also the caller's: only there do torch operations stay on one thread.
+        for part in [_pool(parts).submit(run, part) for part in range(parts)]:
+            part.result()
     if failures:
         raise failures[0]
 
@@ -109,30 +114,53 @@ def workspace(key: str, size: int, dtype: Any) -> Any:
     """
     import torch
 
-    held: dict[tuple[str, Any], torch.Tensor] = _local.__dict__.setdefault("workspaces", {})
+    held: dict[tuple[str, Any], torch.Tensor]
+    held = _team_workspaces() if getattr(_local, "team", False) else _local.__dict__.setdefault("workspaces", {})
     tensor = held.get((key, dtype))
     if tensor is None or tensor.numel() < size:
-        tensor = held[(key, dtype)] = torch.empty(size, dtype=dtype)
+        # One made inside inference_mode could not be written to outside it, and it outlives the block.
+        with torch.inference_mode(False):
+            tensor = held[(key, dtype)] = torch.empty(size, dtype=dtype, device="cpu")
     return tensor[:size]
+
+
+def _team_workspaces() -> dict[tuple[str, Any], torch.Tensor]:
+    """Return the workspaces of this OpenMP worker; those of workers that have ended are dropped."""
+    mine, held = threading.get_native_id(), _process.team_workspaces
+    if mine not in held:
+        for worker in list(held):
+            if not os.path.exists(f"/proc/self/task/{worker}"):
+                held.pop(worker, None)
+        held[mine] = {}
+    return held[mine]
 
 
 def _pool(size: int) -> ThreadPoolExecutor:
     process = _process
     with process.lock:
         if process.pool is None or process.pool_size < size:
+            import torch
+
+            before = torch.get_num_threads()
             # An outgrown pool is dropped, not shut down: its queued ranges still finish.
-            process.pool = ThreadPoolExecutor(size, thread_name_prefix="quernel", initializer=_one_torch_thread)
+            process.pool = ThreadPoolExecutor(size, thread_name_prefix="quernel")
             process.pool_size = size
+            together, one_by_one = threading.Barrier(size), threading.Lock()
+            for started in [process.pool.submit(_one_torch_thread, together, one_by_one) for _ in range(size)]:
+                started.result()
+            # The calls in the pool also set what torch gives to threads yet to come.
+            torch.set_num_threads(before)
         return process.pool
 
 
-def _one_torch_thread() -> None:
-    """Keep torch operations inside a pool thread on that thread (OpenMP's setting is per thread)."""
-    import threadpoolctl
+def _one_torch_thread(together: threading.Barrier, one_by_one: threading.Lock) -> None:
+    """Keep torch operations of this pool thread on it, MKL's too, which knows no OpenMP setting."""
     import torch
 
-    torch.zeros(1).add_(1)  # torch sets a new thread's OpenMP size at its first operation; ours must come after
-    threadpoolctl.threadpool_limits(1, user_api="openmp")
+    with one_by_one:  # torch's first setting of threads in a forked child is not safe beside another
+        torch.get_num_threads()  # initialises what a new thread gets; ours must come after
+        torch.set_num_threads(1)
+    together.wait()  # so that every thread of the pool takes one of these tasks
 
 
 @functools.cache
@@ -160,6 +188,7 @@ def _openmp() -> Callable[[Callable[[int], None], int], None] | None:
 
     def team(run: Callable[[int], None], parts: int) -> None:
         def body(_: Any) -> None:
+            _local.team = rank() != 0  # number 0 is the calling thread itself
             # The runtime may grant fewer threads than asked for (nested regions, limits).
             for part in range(rank(), parts, granted()):
                 run(part)

@@ -14,13 +14,13 @@ import gc
 import itertools
 import math
 import os
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+from quernel import _random
 from quernel._errors import QuernelError
 from quernel._validate import check_float, check_int
 
@@ -147,13 +147,11 @@ def paired_ratios(
     with _quiet_gc():
         calls = [_calibrated(subject, min_ms) for subject in subjects]
         order = [0, *range(len(subjects))]  # ours stands twice: once as itself, once as the A/A control
-        shuffle = random.Random(seed)
+        shuffle = _random.generator(seed)
         times: list[list[float]] = [[] for _ in order]
         watch = LoadWatch(subjects)
         for _ in _rounds(rounds, max_seconds):
-            positions = list(range(len(order)))
-            shuffle.shuffle(positions)
-            for position in positions:
+            for position in shuffle.permutation(len(order)):
                 times[position].append(_sample(subjects[order[position]], calls[order[position]], slope))
         load = watch.others()
     return {

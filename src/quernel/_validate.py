@@ -14,11 +14,10 @@ Value = TypeVar("Value")
 
 def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
     """Return ``value`` as int if it is an integer in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    if number is None or (low is not None and number < low) or (high is not None and number > high):
         raise QuernelError(f"{name} must be an integer{_range(low, high)}; got {value!r}")
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise QuernelError(f"{name} must be an integer{_range(low, high)}; got {value!r}")
-    return int(value)
+    return number
 
 
 def check_float(
@@ -31,7 +30,7 @@ def check_float(
     open_high: bool = False,
 ) -> float:
     """Return ``value`` as float if it is a finite number in the interval; ``open_*`` exclude an end."""
-    bad = isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value)
+    bad = isinstance(value, bool) or not isinstance(value, numbers.Real) or not _finite(value)
     if not bad:
         bad = (low is not None and (value < low or (open_low and value == low))) or (
             high is not None and (value > high or (open_high and value == high))
@@ -48,7 +47,11 @@ def check_probability(name: str, value: Any) -> float:
 
 def check_choice(name: str, value: Value, choices: Collection[Value]) -> Value:
     """Return ``value`` if it is one of ``choices``."""
-    if value not in choices:
+    try:
+        known = value in choices
+    except TypeError:  # an unhashable value beside a set or a mapping
+        known = False
+    if not known:
         raise QuernelError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
     return value
 
@@ -67,6 +70,13 @@ def check_finite(name: str, tensor: Any) -> None:
     finite = tensor.isfinite().all() if hasattr(tensor, "isfinite") else _numpy_finite(tensor)
     if not bool(finite):
         raise QuernelError(f"{name} holds NaN or infinity; clean it before passing it on")
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def _numpy_finite(array: Any) -> bool:

@@ -11,7 +11,8 @@ import quernel
 from quernel._errors import QuernelError
 from quernel.compress import Cast, Context, LayerPlan, Plan, WeightInt8, compress
 from quernel.compress._compress import ordered
-from quernel.compress._method import Method, PerModuleMethod, observe_inputs, run_batch
+from quernel.compress._context import observe_inputs, run_batch
+from quernel.compress._method import Method, PerModuleMethod
 from quernel.nn.weights import unique_bytes
 
 
@@ -59,7 +60,9 @@ def test_mode_and_device_are_kept():
 
 
 def test_include_and_exclude_choose_modules():
-    assert [layer.name for layer in compress(net(), WeightInt8(), include=("2",)).report.layers if layer.action != "keep"] == ["2"]
+    assert [
+        layer.name for layer in compress(net(), WeightInt8(), include=("2",)).report.layers if layer.action != "keep"
+    ] == ["2"]
     kept = compress(net(), WeightInt8(), exclude=("2",)).report.layers
     assert [(layer.name, layer.action) for layer in kept] == [("0", "int8 weight"), ("2", "keep")]
 
@@ -206,3 +209,24 @@ def test_stages_are_closed_under_order():
 
     result = compress(net(), [Late(), WeightInt8()], data=[X])
     assert "StoredLinear" in result.report.summary["Late: saw"]
+
+
+class TiedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+@pytest.mark.parametrize("method", [Cast(), WeightInt8()])
+def test_tied_weights_stay_tied_and_are_stored_once(method, tmp_path):
+    ids = torch.arange(8).reshape(2, 4)
+    result = compress(TiedHead().eval(), method, data=[ids])
+    assert result.report.bytes_after <= 0.51 * result.report.bytes_before
+    back = quernel.load(result.save(tmp_path), model=TiedHead)
+    assert torch.equal(back(ids), result.model(ids))
+    assert unique_bytes(back) == result.report.bytes_after

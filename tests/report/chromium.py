@@ -22,6 +22,7 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 ANSWER_SECONDS = 20.0
+PATIENCE_SECONDS = 5.0
 
 
 class Chromium:
@@ -81,6 +82,14 @@ class Chromium:
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
+
+    def wait_for(self, expression: str) -> None:
+        """Wait until an expression is true; input events reach the page a moment after they are sent."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self.js(expression):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not true within {PATIENCE_SECONDS:g} s: {expression}")
+            time.sleep(0.01)
 
     def hover(self, selector: str) -> None:
         """Move the pointer onto the middle of an element."""

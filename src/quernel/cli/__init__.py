@@ -16,8 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from quernel.cli._app import run
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("rich", "typer"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("rich", "typer"):
             raise
-        sys.stderr.write(f'error: the command line needs {error.name}. Install it with: pip install "quernel[cli]"\n')
+        sys.stderr.write(f'error: the command line needs {missing}. Install it with: pip install "quernel[cli]"\n')
         return 2
     return run(arguments)

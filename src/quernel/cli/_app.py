@@ -5,7 +5,6 @@ Commands raise quernel errors; only here are they turned into text. ``--debug`` 
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ app = typer.Typer(
     help="Make trained PyTorch models smaller and faster, and show the proof.",
     add_completion=False,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
 app.command("demo")(_demo.demo)
 app.command("compress")(_compress.compress)
@@ -59,14 +59,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
             code = app(args=given or ["--help"], prog_name="quernel", standalone_mode=False)
         except (KeyboardInterrupt, typer.Abort):
             return _say("interrupted", INTERRUPTED)
-        except BrokenPipeError:
-            # The reader of a pipe has gone; the interpreter must not complain about it at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return FAILED
         except Exception as error:
             if debug:
                 raise
             return _explain(error)
+    if code == INTERRUPTED:
+        return _say("interrupted", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 
@@ -86,7 +84,14 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _one_line_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
+) -> None:
     # Only what the user can change; the deprecations of other libraries are not for them.
     if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
         sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")

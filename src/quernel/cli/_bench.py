@@ -11,7 +11,9 @@ from quernel.cli._output import Json, emit, note
 
 
 def bench(
-    slugs: Annotated[list[str] | None, typer.Argument(metavar="[SLUG]...", help="Systems; all if none is named.")] = None,
+    slugs: Annotated[
+        list[str] | None, typer.Argument(metavar="[SLUG]...", help="Systems; all if none is named.")
+    ] = None,
     write: Annotated[bool, typer.Option("--write", help="Keep the results under benchmarks/results.")] = False,
     json: Json = False,
 ) -> int:

@@ -1,4 +1,4 @@
-"""``quernel data [NAME]``: which data sets are known, which are present, under which terms; ``--download`` fetches one."""
+"""``quernel data [NAME]``: data sets, which of them are present, under which terms; ``--download`` fetches one."""
 
 from __future__ import annotations
 

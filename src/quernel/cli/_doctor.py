@@ -47,13 +47,16 @@ def _processor() -> dict[str, Any]:
 
     from quernel import _intrinsics, _threads
 
+    forced = os.environ.get("QUERNEL_PORTABLE") == "1"
+    missing = sorted(_intrinsics.VECTOR_FEATURES - _intrinsics.target_features())
+    why = "QUERNEL_PORTABLE=1" if forced else f"no {', '.join(missing)}"
     return {
         "name": _name(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
         "torch capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16 units": _has_bfloat16(),
-        "kernels": _intrinsics.describe(),
+        "bfloat16": "native" if _has_bfloat16() else "emulated: smaller, not faster",
+        "kernels": f"portable ({why})" if _intrinsics.portable() else "AVX-512 with VNNI",
         "parallel ranges": "torch's OpenMP team" if _threads._openmp() is not None else "thread pool",
     }
 
@@ -108,5 +111,6 @@ def _name() -> str:
 def _has_bfloat16() -> bool:
     import torch
 
-    # Emulated bfloat16 is slower than float32; oneDNN says whether the products run in hardware.
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # Emulated bfloat16 is slower than float32; AVX-512 BF16 and AMX are the units that oneDNN uses on x86.
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))

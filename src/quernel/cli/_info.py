@@ -31,7 +31,9 @@ def info(
         emit({**facts, "module": entry.module, "arguments": arguments, "claims": claims})
         return
     paper = f"https://arxiv.org/abs/{entry.paper}" if entry.paper else None
-    shown = {"class": f"quernel.{entry.pillar}.{entry.name}", "paper": paper} | {k: facts[k] for k in ("status", "verdict")}
+    shown = {"class": f"quernel.{entry.pillar}.{entry.name}", "paper": paper} | {
+        k: facts[k] for k in ("status", "verdict")
+    }
     console().print(f"{slug}: {entry.summary}\n", markup=False)
     table(("field", "value"), list(shown.items()))
     table(("argument", "default"), [(a["name"], a["default"] or "(required)") for a in arguments])

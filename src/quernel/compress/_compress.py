@@ -19,6 +19,7 @@ from torch import nn
 from quernel import __version__
 from quernel._errors import QuernelError
 from quernel._load import save_model
+from quernel.compress._context import Context, Forward, Progress
 from quernel.compress._measure import (
     Evaluate,
     checked_metric,
@@ -26,7 +27,7 @@ from quernel.compress._measure import (
     layer_errors,
     paired_latency,
 )
-from quernel.compress._method import NEEDS, STAGES, Context, Forward, LayerPlan, Method, Progress
+from quernel.compress._method import NEEDS, STAGES, LayerPlan, Method
 from quernel.nn.weights import unique_bytes
 from quernel.report import LayerReport, Report
 
@@ -151,7 +152,11 @@ def compress(
         if evaluate is None or dry_run
         else checked_metric(evaluate, work, "the compressed model; the original is unharmed"),
         layers=_layer_reports(model if reference is not None else work, work, made.layers, sizes, errors),
-        warnings=(*made.warnings, *(() if times is None or times.valid else (f"latency: {times.void}",))),
+        warnings=(
+            *(("dry run: nothing was applied",) if dry_run else ()),
+            *made.warnings,
+            *(() if times is None or times.valid else (f"latency: {times.void}",)),
+        ),
         summary=made.summary,
         environment=environment(),
         seconds=time.perf_counter() - start,
@@ -167,17 +172,18 @@ def compress(
 
 @dataclass(frozen=True)
 class Made:
-    """What a run of several methods did, layer by layer."""
+    """What a run of several methods did, layer by layer; ``idle`` methods found nothing left to do."""
 
     layers: dict[str, LayerPlan]
     comparable: tuple[str, ...]
+    idle: tuple[str, ...]
     warnings: tuple[str, ...]
     summary: dict[str, Any]
 
 
 def ordered(method: Method | Sequence[Method]) -> list[Method]:
     """Return the methods in natural order; equal stages keep the user's order."""
-    methods = [method] if isinstance(method, Method) else list(method)
+    methods = list(method) if isinstance(method, list | tuple) else [method]
     if not methods:
         raise QuernelError("method must be a compression method or a non-empty list of them; got an empty list")
     for m in methods:
@@ -211,11 +217,14 @@ def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *
     warnings: list[str] = []
     summary: dict[str, Any] = {}
     touched: dict[str, bool] = {}
+    idle = []
     for i, m in enumerate(methods):
         plan = m.plan(model, context)
         if not (dry_run and i == len(methods) - 1):
             m.apply(model, plan)
         warnings += plan.warnings
+        if all(layer.skipped for layer in plan.layers):
+            idle.append(m.label)
         summary |= {f"{m.label}: {k}" if len(methods) > 1 else k: v for k, v in plan.summary.items()}
         for layer in plan.layers:
             layers[layer.name] = _merged(layers.get(layer.name), layer)
@@ -230,7 +239,8 @@ def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *
     if not touched:
         reasons = "; ".join(sorted({layer.reason for layer in layers.values() if layer.reason})[:3])
         warnings.append(f"nothing was changed{f': {reasons}' if reasons else ''}")
-    return Made(layers, tuple(name for name, same in touched.items() if same), tuple(warnings), summary)
+    comparable = tuple(name for name, same in touched.items() if same)
+    return Made(layers, comparable, tuple(idle), tuple(warnings), summary)
 
 
 def metric_name(evaluate: Evaluate) -> str:

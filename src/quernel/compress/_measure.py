@@ -14,7 +14,7 @@ from quernel import __version__
 from quernel._errors import QuernelError
 from quernel._module_tree import is_registered
 from quernel._timing import PairedRatio, paired_ratio
-from quernel.compress._method import Context, evaluating, run_batch
+from quernel.compress._context import Context, evaluating, run_batch
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -83,7 +83,9 @@ def layer_errors(before: nn.Module, after: nn.Module, names: Sequence[str], cont
         return hook
 
     known = dict(before.named_modules())
-    handles = [known[name].register_forward_hook(hook_for(name)) for name in names if name in known and name in replaced]
+    handles = [
+        known[name].register_forward_hook(hook_for(name)) for name in names if name in known and name in replaced
+    ]
     try:
         with evaluating(before, after), torch.no_grad():
             run_batch(before, batch, context.forward)

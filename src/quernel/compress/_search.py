@@ -19,9 +19,10 @@ from torch import nn
 from quernel._errors import QuernelError
 from quernel._validate import check_float, check_type
 from quernel.compress._compress import Finetune, Result, check_needs, compress, metric_name
+from quernel.compress._context import Context, Forward, Progress
 from quernel.compress._measure import Evaluate, checked_metric
 from quernel.compress._menu import Candidate, Point, combinations, default_methods, front, singles
-from quernel.compress._method import Context, Forward, Method, Progress
+from quernel.compress._method import Method
 from quernel.compress._trial import Trial, TrialStore, data_digest, run_trial, stored_bytes, weights_digest
 from quernel.report import TrialReport
 
@@ -232,7 +233,9 @@ class _Runner:
             if self.progress is not None:
                 self.progress(" + ".join(m.label for m in candidate), i / len(waiting))
             trial = get()
-            self.store.put(trial)
+            if not trial.key:  # a fresh one; known trials are on disk already
+                trial = replace(trial, key=self.store.key(candidate))
+                self.store.put(trial)
             self.trials.append(trial)
 
     def promising(self) -> list[Candidate]:
@@ -245,7 +248,7 @@ class _Runner:
         """Return the trial with the fewest bytes within the budget, else the one least beyond it."""
         if self.budget.latency_ms is not None:
             done = [t if t.latency_ms is not None else self._timed(t) for t in done]
-        return min(done, key=lambda t: (self.budget.excess(t, self.full), t.file_bytes, t.latency_ms or 0.0))
+        return min(done, key=lambda t: (self.budget.excess(t, self.full), t.file_bytes, len(t.candidate)))
 
     def _keeps_metric(self, trial: Trial) -> bool:
         if self.budget.drop is None or trial.metric is None or self.full.metric is None:

@@ -23,8 +23,9 @@ from quernel._io import digest_of, write_atomically
 from quernel._load import save_model
 from quernel._timing import latency_ms
 from quernel.compress._compress import check_needs, run_methods
+from quernel.compress._context import Context, evaluating, run_batch
 from quernel.compress._measure import Evaluate, checked_metric, timing_batch
-from quernel.compress._method import Context, Method, evaluating, run_batch
+from quernel.compress._method import Method
 
 TRIAL_VERSION = 1
 LATENCY_SECONDS = 1.5
@@ -102,7 +103,9 @@ def run_trial(
     work = copy.deepcopy(model)
     try:
         check_needs(work, candidate, context, finetune)
-        run_methods(work, candidate, context)
+        made = run_methods(work, candidate, context)
+        if made.idle:
+            return Trial(candidate, 0, reason=f"{', '.join(made.idle)} changes nothing here")
         if finetune is not None:
             finetune(work)
         metric = checked_metric(select, work, "this candidate")

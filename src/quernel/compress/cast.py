@@ -2,7 +2,7 @@
 
 On CPUs with bfloat16 units this is also fast: 3x float32 end to end on an encoder. Linear layers and
 convolutions compute in the dtype they store and take inputs of any dtype; every other floating parameter
-and buffer is cast in place, except inside layers that another method put in.
+and buffer is cast in place, except in layer, group and batch norms and inside what another method put in.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from torch import nn
 from quernel._module_tree import is_registered
 from quernel._registry import register
 from quernel._validate import check_choice
-from quernel.compress._method import Context, LayerPlan, Method, Plan
+from quernel.compress._context import Context
+from quernel.compress._method import LayerPlan, Method, Plan
 from quernel.nn import StoredConv2d, StoredLinear, replace_module
 from quernel.nn.weights import DenseWeight
 from quernel.nn.weights.dense import DTYPES
+
+# These read half-precision inputs with float32 parameters and answer in the input's dtype; the other way round
+# torch refuses, and a model whose first layer is a norm would no longer take float32 inputs.
+MIXED_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 def _example() -> dict[str, Any]:
@@ -76,7 +81,8 @@ class Cast(Method):
             if name and is_registered(module):
                 inserted = name
             elif context.allows(name) and self._casts(module):
-                layers.append(LayerPlan(name, self.dtype))
+                keeps = isinstance(module, MIXED_NORMS) and self.dtype in ("bfloat16", "float16")
+                layers.append(LayerPlan(name, "keep", "norms take both dtypes") if keeps else LayerPlan(name, self.dtype))
         return Plan(tuple(layers))
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
@@ -86,10 +92,10 @@ class Cast(Method):
                 continue
             module = model.get_submodule(layer.name)
             if type(module) is nn.Linear and layer.name:
-                weight = DenseWeight.from_dense(module.weight, self.dtype)
+                weight = DenseWeight.over(module.weight, self.dtype)
                 replace_module(model, layer.name, StoredLinear(weight, _cast(module.bias, DTYPES[self.dtype])))
             elif type(module) is nn.Conv2d and layer.name:
-                new = StoredConv2d.like(module, DenseWeight.from_dense(module.weight, self.dtype))
+                new = StoredConv2d.like(module, DenseWeight.over(module.weight, self.dtype))
                 new.bias = _cast(module.bias, DTYPES[self.dtype])
                 replace_module(model, layer.name, new)
             else:
@@ -111,4 +117,3 @@ class Cast(Method):
 
 def _cast(bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Parameter | None:
     return None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
-

@@ -49,7 +49,7 @@ class Arrays:
     Attributes
     ----------
     x : ndarray, shape (n, ...)
-        Fed to the model unchanged.
+        What the model takes; floats go in as float32.
     y : ndarray of int64, shape (n,), or None
         Class indices.
     """

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,12 @@ _PAIR_COLUMNS = ("sentence1", "sentence2", "score")
 
 
 def from_path(path: str | os.PathLike[str]) -> Arrays | Pairs | Sentences:
-    """Read a user's own calibration or test data.
+    r"""Read a user's own calibration or test data.
 
     Parameters
     ----------
     path : str or path
-        ``.npz`` with ``x`` (n, ...), fed to the model unchanged, and optionally ``y`` (n,) class indices;
+        ``.npz`` with ``x`` (n, ...), what the model takes (floats go in as float32), and perhaps ``y`` (n,) classes;
         ``.txt`` with one sentence a line; ``.jsonl`` with a string or an object with ``text`` or ``sentence``
         a line; ``.csv``/``.tsv`` with columns ``sentence1, sentence2, score`` (pairs), or a column ``text`` or
         ``sentence``, or no header (first column). Text is UTF-8; blank lines are skipped.
@@ -43,11 +44,12 @@ def from_path(path: str | os.PathLike[str]) -> Arrays | Pairs | Sentences:
     >>> import tempfile, pathlib
     >>> from quernel.data import from_path
     >>> file = pathlib.Path(tempfile.mkdtemp()) / "mine.txt"
-    >>> _ = file.write_text("One sentence.\\nAnother one.\\n")
+    >>> _ = file.write_text("One sentence.\nAnother one.\n")
     >>> from_path(file).text
     ('One sentence.', 'Another one.')
     """
     path = Path(path).expanduser()
+    readers: dict[str, Callable[[Path, bytes], Arrays | Pairs | Sentences]]
     readers = {".npz": _arrays, ".txt": _lines, ".jsonl": _json_lines, ".csv": _table, ".tsv": _table}
     reader = readers.get(path.suffix.lower())
     if reader is None:

@@ -101,9 +101,7 @@ SETS = (
                 _llama2c,
                 {
                     "all": (
-                        File(
-                            "lm/stories260K.bin", "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696"
-                        ),
+                        File("lm/stories260K.bin", "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696"),
                         File("lm/tok512.bin", "037cb335abb25d1fa9e8ecae30ed2a3a8ace9302862ebcdc05d51a6bbb10c312"),
                     )
                 },

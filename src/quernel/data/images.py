@@ -7,7 +7,9 @@ images as quality-75 JPEG, and 4,000 exact *training* images, cut into a calibra
 from __future__ import annotations
 
 import gzip
+import importlib
 import io
+import itertools
 import struct
 import zlib
 from typing import Any
@@ -32,9 +34,7 @@ def _digits(split: str) -> Images:
     raw = load_digits()
     place = np.arange(len(raw.target)) % 4
     chosen = {"train": place < 2, "validation": place == 2, "test": place == 3}[split]
-    return Images(
-        raw.images[chosen].astype(np.uint8), raw.target[chosen].astype(np.int64), _DIGITS, "pixels are 0..16"
-    )
+    return Images(raw.images[chosen].astype(np.uint8), raw.target[chosen].astype(np.int64), _DIGITS, "pixels are 0..16")
 
 
 def _idx(content: bytes) -> npt.NDArray[np.uint8]:
@@ -62,14 +62,13 @@ def _npz(content: bytes) -> Any:
 
 
 def _cifar_jpeg(split: str, content: bytes) -> Images:
-    from PIL import Image
-
+    image: Any = importlib.import_module("PIL.Image")
     with _npz(content) as held:
         stream, offsets, labels = (held[f"{split}_{part}"] for part in ("jpeg", "offsets", "labels"))
     raw = stream.tobytes()
     x = np.empty((len(labels), 32, 32, 3), np.uint8)
-    for i, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        x[i] = np.asarray(Image.open(io.BytesIO(raw[start:stop])).convert("RGB"))
+    for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        x[i] = np.asarray(image.open(io.BytesIO(raw[start:stop])).convert("RGB"))
     note = f"all {len(x):,} {split} images, decoded from quality-75 JPEG (lossy)"
     return Images(x, labels.astype(np.int64), _CIFAR, note)
 

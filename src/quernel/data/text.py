@@ -139,9 +139,7 @@ SETS = (
             _shared(
                 _shakespeare,
                 _SHAKESPEARE_SPLITS,
-                File(
-                    "text/tinyshakespeare.txt.gz", "13125fe8f49092165d7d489e3944db52d1ba546e64a60080cc9523bcd0c5e46a"
-                ),
+                File("text/tinyshakespeare.txt.gz", "13125fe8f49092165d7d489e3944db52d1ba546e64a60080cc9523bcd0c5e46a"),
             ),
             _shared(
                 _shakespeare,

@@ -23,7 +23,7 @@ _BINS = (_HIGHEST - _LOWEST) << _MANTISSA_BITS
 _FIRST_BIN = (127 + _LOWEST) << _MANTISSA_BITS
 _MOST_ROWS = 2**31 - 1
 # Rows of one float32 product before it is added in float64: short sums keep rounding at 1e-6 relative.
-_GRAM_ROWS = 1024
+_GRAM_ROWS = 256
 
 
 class AbsMax:
@@ -168,7 +168,7 @@ class Gram:
     channels : int
         Size C of the last axis.
     compute_dtype : torch.float32 or torch.float64, default=torch.float32
-        Precision of the products. float32 multiplies blocks of 1024 rows and adds them in float64 (relative
+        Precision of the products. float32 multiplies blocks of 256 rows and adds them in float64 (relative
         error about 1e-6, several times faster); float64 where a nearly singular solve follows. float64 rows
         are always multiplied in float64.
     device : torch.device or str, default="cpu"

@@ -1,0 +1,25 @@
+"""Bundled and reference models: pretrained, or trained once on first use and cached; and the tasks to judge them.
+
+``load(name)`` gives a model, ``task(model, data)`` its calibration batches and metric, ``resolve`` opens what
+a user names: a bundled model, a folder, or ``package.module:factory``.
+"""
+
+from quernel._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "DigitsCNN": ".digits_cnn",
+        "MiniLM": ".sentence_encoder",
+        "ResNet20": ".resnet20",
+        "SentenceEncoder": ".sentence_encoder",
+        "Task": "._task",
+        "TinyLM": ".decoder",
+        "load": "._bundled",
+        "names": "._bundled",
+        "resolve": "._resolve",
+        "save": "._bundled",
+        "task": "._join",
+        "tiny_lm": "._lm_training",
+    },
+)

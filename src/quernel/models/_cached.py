@@ -44,15 +44,15 @@ def trained(name: str, recipe: Mapping[str, Any], train: Train) -> nn.Module:
     folder = folder_of(name, recipe)
     if not folder.is_dir():
         start, cpu = time.perf_counter(), time.process_time()
-        model, measured = train()
+        model, figures = train()
         seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-        _log.info("trained %s in %.0f s: %s", name, seconds["seconds"], dict(measured))
-        _keep(model, folder, {"recipe": dict(recipe), "measured": {**measured, **seconds}})
+        _log.info("trained %s in %.0f s: %s", name, seconds["seconds"], dict(figures))
+        _keep(model, folder, {"recipe": dict(recipe), "measured": {**figures, **seconds}})
     try:
         held = load(folder)
     except FormatError as error:
         raise FormatError(f"cached model {name!r} is damaged ({error}). Delete {folder} to train it again") from error
-    return held  # type: ignore[no-any-return]
+    return held
 
 
 def measured(name: str, recipe: Mapping[str, Any]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Training of the tinyshakespeare model: a few CPU minutes once, then from the cache.
 
-Muon for the matrices (about twice as far as AdamW for the same tokens at this size), AdamW for embedding
+Muon for the matrices (1.60 against 1.83 nats with AdamW after a million tokens), AdamW for embedding
 and norms, linear warm-up and decay, bfloat16 products where the processor has them. Most crops are short
-because they are cheap; every eighth step sees full contexts, so that all positions are trained.
+because they are cheap; every fourth step sees full contexts, so that all positions are trained.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from torch.nn import functional as F
 from quernel import data
 from quernel._validate import check_int
 from quernel.models._cached import Progress, measured, seeded, trained
+from quernel.models._lm_tasks import NegativeCrossEntropy
 from quernel.models.decoder import TinyLM
 
-STEPS = 1900
+STEPS = 1500
+_ARCHITECTURE = {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 344, "context": 1024}
 _TOKENS_A_STEP = 4096
-_SHORT, _LONG, _LONG_EVERY = 256, 1024, 8
-_LEARNING_RATE, _WARM_UP, _LAST = 1e-2, 30, 0.02
+_SHORT, _LONG, _LONG_EVERY = 256, 1024, 4
+_LEARNING_RATE, _WARM_UP, _LAST = 1.5e-2, 30, 0.02
 _WEIGHT_DECAY, _CLIP = 0.1, 1.0
 
 
@@ -38,7 +40,7 @@ def recipe(steps: int = STEPS) -> dict[str, Any]:
         "learning_rate": [_LEARNING_RATE, _WARM_UP, _LAST],
         "weight_decay": _WEIGHT_DECAY,
         "clip": _CLIP,
-        "architecture": {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 344},
+        "architecture": _ARCHITECTURE,
     }
 
 
@@ -76,8 +78,9 @@ def tiny_lm_measured(*, steps: int = STEPS) -> dict[str, float]:
 
 
 def _train(chosen: Mapping[str, Any], progress: Progress | None) -> tuple[TinyLM, dict[str, float]]:
-    ids = {split: _ids(split) for split in ("train", "validation", "test")}
     model = cast(TinyLM, seeded(chosen["seed"], lambda: TinyLM(**chosen["architecture"])))
+    splits = ("train", "validation", "test")
+    ids = {split: model.encode(data.load("tinyshakespeare", split=split).text) for split in splits}
     generator = torch.Generator().manual_seed(chosen["seed"])
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
@@ -99,21 +102,8 @@ def _train(chosen: Mapping[str, Any], progress: Progress | None) -> tuple[TinyLM
         if progress is not None and step % 10 == 0:
             progress(f"training tiny-lm, {loss.item():.2f} nats a character", step / steps)
     model.eval()
-    return model, {f"{split}_loss": mean_loss(model, ids[split]) for split in ("validation", "test")}
-
-
-@torch.no_grad()
-def mean_loss(model: TinyLM, ids: Tensor) -> float:
-    """Return the mean next-token loss in nats over full contexts that do not overlap; ids: (T,)."""
-    length = min(model.context, len(ids) - 1)
-    windows = [ids[start : start + length + 1] for start in range(0, len(ids) - length, length)]
-    losses = [F.cross_entropy(model(w[None, :-1]).float().flatten(0, 1), w[1:]) for w in windows]
-    return float(torch.stack(losses).mean())
-
-
-def _ids(split: str) -> Tensor:
-    text = data.load("tinyshakespeare", split=split).text
-    return torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8).to(torch.int64)
+    judges = {split: NegativeCrossEntropy.of(ids[split], model.context) for split in ("validation", "test")}
+    return model, {f"{split}_loss": -judge(model) for split, judge in judges.items()}
 
 
 def _crops(ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
@@ -123,7 +113,7 @@ def _crops(ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
 
 def _loss(model: TinyLM, crops: Tensor) -> Tensor:
     # Older torch cannot tell and trains in float32: emulated bfloat16 would be slower.
-    features = getattr(torch.cpu, "get_capabilities", dict)()
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     with torch.autocast("cpu", torch.bfloat16, enabled=fast):
         logits = model(crops[:, :-1])

@@ -35,6 +35,7 @@ class PieceTokenizer:
     def __init__(self, vocabulary: Sequence[tuple[bytes, float]]) -> None:
         self._pieces = [piece for piece, _ in vocabulary]
         self._ranks = {piece: (score, i) for i, (piece, score) in enumerate(vocabulary) if i >= _FIRST_BYTE + 256}
+        self._known: dict[str, list[int]] = {}
 
     @classmethod
     @functools.cache
@@ -45,21 +46,27 @@ class PieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, opened by the begin token."""
         ids = [_BOS]
-        # No piece holds a line end, so lines merge apart from each other: the quadratic search stays short.
-        for line in re.split("(\n)", f" {text}" if text else ""):
-            for part in self._merged([character.encode("utf-8") for character in line]):
-                # What never became a piece falls apart into bytes.
-                ids += [self._ranks[part][1]] if part in self._ranks else [_FIRST_BYTE + byte for byte in part]
+        # Pieces hold a space only in front and no line end, so words merge apart from each other.
+        for word in re.findall(" ?[^ \n]+|[ \n]", f" {text}" if text else ""):
+            if word not in self._known:
+                self._known[word] = self._ids(word)
+            ids += self._known[word]
         return ids
 
-    def _merged(self, parts: list[bytes]) -> list[bytes]:
+    def _ids(self, word: str) -> list[int]:
+        parts = [character.encode("utf-8") for character in word]
         while True:
             ranks = (self._ranks.get(a + b) for a, b in itertools.pairwise(parts))
             found = [(rank[0], -i) for i, rank in enumerate(ranks) if rank]
             if not found:
-                return parts
+                break
             at = -max(found)[1]
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        ids: list[int] = []
+        for part in parts:
+            # What never became a piece falls apart into bytes.
+            ids += [self._ranks[part][1]] if part in self._ranks else [_FIRST_BYTE + byte for byte in part]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; the begin token and the space after it are dropped."""

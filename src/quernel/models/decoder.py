@@ -20,9 +20,11 @@ from quernel._validate import check_choice, check_float, check_int
 from quernel.models._tokenizers import ByteTokenizer, PieceTokenizer
 
 
-def _example() -> tuple[dict[str, Any], Any]:
-    kwargs = {"vocab_size": 32, "dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 24}
-    return kwargs, lambda generator: (torch.randint(0, 32, (2, 7), generator=generator),)
+def _example() -> dict[str, Any]:
+    def make() -> TinyLM:
+        return TinyLM(vocab_size=32, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24)
+
+    return {"make": make, "input": lambda generator: (torch.randint(0, 32, (2, 7), generator=generator),)}
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -45,7 +47,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, _ = x.shape
-        q, k, v = (p(x).view(b, t, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            projection(x).view(b, t, heads, self.head_dim).transpose(1, 2)
+            for projection, heads in (
+                (self.q_proj, self.n_heads),
+                (self.k_proj, self.n_kv_heads),
+                (self.v_proj, self.n_kv_heads),
+            )
+        )
         half = torch.arange(self.head_dim // 2, device=x.device, dtype=torch.float32)
         position = torch.arange(t, device=x.device, dtype=torch.float32)
         angles = position[:, None] * self.theta ** (half / -(self.head_dim // 2))  # (T, d/2)
@@ -55,7 +64,7 @@ class Attention(nn.Module):
             # Repeating is faster than enable_gqa on the CPU, which falls back to the unfused path.
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, d)
-        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(b, t, self.n_heads * self.head_dim))
         return out
 
 
@@ -97,11 +106,11 @@ class TinyLM(nn.Module):
     ----------
     vocab_size : int, default=256
         Number of tokens; 256 with the byte tokenizer.
-    dim : int, default=160
+    dim : int, default=128
         Width; a multiple of ``2 * n_heads``.
-    n_layers, n_heads, n_kv_heads : int, default=5, 5, 5
+    n_layers, n_heads, n_kv_heads : int, default=4, 4, 2
         Blocks, query heads, key and value heads (a divisor of ``n_heads``).
-    hidden_dim : int, default=432
+    hidden_dim : int, default=344
         Width inside the feed-forward.
     context : int, default=1024
         Longest input in tokens.
@@ -127,11 +136,11 @@ class TinyLM(nn.Module):
     def __init__(
         self,
         vocab_size: int = 256,
-        dim: int = 160,
-        n_layers: int = 5,
-        n_heads: int = 5,
-        n_kv_heads: int = 5,
-        hidden_dim: int = 432,
+        dim: int = 128,
+        n_layers: int = 4,
+        n_heads: int = 4,
+        n_kv_heads: int = 2,
+        hidden_dim: int = 344,
         context: int = 1024,
         rope_theta: float = 10000.0,
         tokenizer: str = "bytes",

@@ -21,9 +21,11 @@ from quernel._validate import check_int
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _example() -> tuple[dict[str, Any], Any]:
-    kwargs = {"width": 4, "blocks": 1}
-    return kwargs, lambda generator: (torch.rand(2, 3, 16, 16, generator=generator),)
+def _example() -> dict[str, Any]:
+    return {
+        "make": lambda: ResNet20(width=4, blocks=1),
+        "input": lambda generator: (torch.rand(2, 3, 16, 16, generator=generator),),
+    }
 
 
 class BasicBlock(nn.Module):

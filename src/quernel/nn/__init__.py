@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "CrossQuantLinear": ".linear.crossquant",
+        "DynamicCrossQuantLinear": ".linear.dynamic_crossquant",
         "LowRankLinear": ".linear.low_rank",
         "StoredConv2d": "._stored",
         "StoredEmbedding": "._stored",

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: Below this a range has no round steps left in double precision.
+TINY = 1e-290
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -33,7 +36,7 @@ class Axis:
 def from_zero(values: Sequence[float], start: float, stop: float) -> Axis:
     """Return an axis from 0 to a little above the largest value, for sizes and times."""
     top = max(values, default=0.0)
-    return Axis(0.0, 1.06 * top if top > 0 else 1.0, start, stop)
+    return Axis(0.0, 1.06 * top if top > TINY else 1.0, start, stop)
 
 
 def around(values: Sequence[float], start: float, stop: float) -> Axis:
@@ -41,7 +44,8 @@ def around(values: Sequence[float], start: float, stop: float) -> Axis:
     low, high = min(values), max(values)
     size = max(abs(low), abs(high))
     # Equal values still get a visible range around them.
-    air = 0.1 * (high - low) if high - low > 1e-9 * size else 0.02 * size or 0.5
+    air = 0.1 * (high - low) if high - low > 1e-9 * size else 0.02 * size
+    air = air if air > TINY else 0.5
     return Axis(low - air, high + air, start, stop)
 
 

@@ -149,11 +149,11 @@ def _row(layer: LayerReport) -> Markup:
 
 
 def _text(layer: LayerReport) -> str:
+    before, after = units.format_bytes(layer.bytes_before), units.format_bytes(layer.bytes_after)
     lines = [
         layer.name,
         f"{layer.kind}: {layer.action}",
-        f"{units.format_bytes(layer.bytes_before)} → {units.format_bytes(layer.bytes_after)}"
-        f" ({units.format_percent(layer.bytes_after, layer.bytes_before)})",
+        f"{before} → {after} ({units.format_percent(layer.bytes_after, layer.bytes_before)})",
         f"relative error {units.format_error(layer.relative_error)}",
     ]
     if (latency := _latency(layer)) is not None:

@@ -52,7 +52,7 @@ def raw(text: str) -> Markup:
 def _attribute(key: str, value: object) -> str:
     name = key.rstrip("_").replace("_", "-")
     if value is True:
-        return f" {name}"
+        return f' {name}=""'  # so that a drawing is well-formed XML too
     if isinstance(value, float):
         value = f"{value:.2f}".rstrip("0").rstrip(".")
     return f' {name}="{html.escape(str(value))}"'

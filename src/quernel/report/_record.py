@@ -105,7 +105,7 @@ def measure(name: str, value: Any, *, low: float | None = None) -> float | None:
 
 def flag(name: str, value: Any) -> bool:
     """Return a bool; NumPy's and torch's are welcome."""
-    return check_type(name, _unwrapped(value), bool)  # type: ignore[no-any-return]
+    return check_type(name, _unwrapped(value), bool)
 
 
 def scalars(name: str, values: Any, *, depth: int = 0) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def _mark(point: Point, on_front: bool, first: bool, x_axis: Axis, y_axis: Axis)
     return tag(
         "g",
         tag("title", point.text),
-        tag("circle", cx=x, cy=y, r=14, class_="ring"),
+        tag("circle", cx=x, cy=y, r=12, class_="ring"),
         shape,
         class_=f"mark {kind}",
         tabindex=0 if first else -1,

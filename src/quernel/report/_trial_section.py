@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from quernel.report._report import Report, TrialReport
 
 #: Wide for desks, narrow for phones: text keeps its size in both. The style sheet shows one.
+#: Beyond this, differences between values overflow.
+DRAWABLE = 1e300
 SIZES = (("wide", 960, 430), ("narrow", 360, 330))
 
 
@@ -59,7 +61,9 @@ def _view(report: Report, view: str) -> Markup | None:
     points = []
     for trial in report.trials:
         x = trial.bytes_after if view == "size" else trial.latency_ms
-        if trial.status == "ok" and trial.metric is not None and x is not None:
+        if trial.status != "ok" or trial.metric is None or x is None:
+            continue
+        if x < DRAWABLE and abs(trial.metric) < DRAWABLE:
             points.append(_point(trial, x / scale, trial.metric, report.metric or "metric"))
     if not points:
         return None
@@ -83,7 +87,6 @@ def _point(trial: TrialReport, x: float, y: float, metric: str) -> Point:
     ]
     if trial.chosen:
         lines.append("chosen")
-    assert_metric = 0.0 if trial.metric is None else trial.metric
     return Point(x, y, trial.label, "\n".join(lines), trial.chosen, not trial.methods)
 
 

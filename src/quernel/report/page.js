@@ -52,7 +52,7 @@
     const at = (mark.querySelector(".dot") || mark).getBoundingClientRect();
     const box = tip.getBoundingClientRect();
     const left = at.left + at.width / 2 - box.width / 2;
-    const above = at.top - box.height - 12;
+    const above = at.top - box.height - 24; // clear of the point's own label
     tip.style.left = `${Math.max(8, Math.min(left, root.clientWidth - box.width - 8))}px`;
     tip.style.top = `${above >= 8 ? above : at.bottom + 12}px`;
   };

@@ -37,8 +37,8 @@ def check_module(cls: type) -> None:
     """Run every check of the ``module`` contract.
 
     The registered ``example()`` returns ``{"make": () -> module, "input": (generator) -> tuple of tensors}``,
-    batch first; ``"compile": False`` or ``"export": False`` withdraw those promises, and
-    ``"keeps_dtype": False`` says that the output dtype is the stored one.
+    batch first; ``"compile": False``, ``"export": False`` or ``"batch_independent": False`` withdraw those
+    promises, and ``"keeps_dtype": False`` says that the output dtype is the stored one.
     """
     run_all(cls, "module")
 
@@ -76,6 +76,8 @@ def check_batch_independence(cls: type) -> None:
     """A row's output does not depend on the rows beside it; an empty batch gives an empty output."""
     module, inputs = made(cls)
     wanted = run(module, inputs)
+    if not example_of(cls).get("batch_independent", True):
+        return
     for i in range(inputs[0].shape[0]):
         for got, want in zip(run(module, tuple(x[i : i + 1] for x in inputs)), wanted, strict=True):
             require_close(cls, f"output of row {i} alone", got[0], want[i])

@@ -24,7 +24,7 @@ def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         return real(weight)
 
     monkeypatch.setattr(_spectra, "singular_values", counting)
-    monkeypatch.setattr(_spectra, "_spectra", type(_spectra._spectra)())
+    _spectra.forget()
     return calls
 
 

@@ -321,8 +321,10 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 
 
 def test_models_that_cannot_be_factored_are_refused() -> None:
-    with pytest.raises(QuernelError, match=r"found no nn\.Linear to factor in Conv2d.*convolutions"):
-        compress(nn.Sequential(nn.Conv2d(3, 8, 3))[0], WeLore())
+    with pytest.raises(QuernelError, match="nothing to compress: WeLore found no Linear"):
+        compress(nn.Sequential(nn.Conv2d(3, 8, 3)), WeLore())
+    with pytest.raises(QuernelError, match="nothing to compress: WeLore found no Linear"):
+        compress(_model(), WeLore(), exclude=("*",))
     with pytest.raises(QuernelError, match=r"target=0\.6 .* out of reach with min_ratio=0\.97: at most 0\.\d+ can go"):
         compress(_model(), WeLore(0.6, budget="params", min_ratio=0.97))
     with pytest.raises(QuernelError, match="WeLore needs data"):
@@ -334,6 +336,12 @@ def test_models_that_cannot_be_factored_are_refused() -> None:
         compress(broken, WeLore())
     with pytest.raises(QuernelError, match="the inputs of '0' cannot be observed: x holds NaN"):
         compress(_model(), WeLore(whiten=True), data=[torch.full((4, 24), torch.nan)])
+
+
+def test_a_model_of_excluded_layers_is_left_as_it_is() -> None:
+    result = compress(nn.Sequential(nn.Linear(8, 8)), WeLore(exclude=("0",)))
+    assert type(result.model[0]) is nn.Linear
+    assert any("nothing was changed: its name holds '0'" in warning for warning in result.report.warnings)
 
 
 def test_layers_the_data_never_reached_are_skipped() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -46,7 +47,7 @@ def explicit_map(model: nn.Module, groups: Sequence[tuple[Sequence[str], Sequenc
                 roles: tuple[Role, Role] = ("folded", "folded")
                 width = int(module.num_features)
             else:
-                width = int(module.weight.shape[0])  # type: ignore[union-attr,index]
+                width = int(module.weight.shape[0])
                 depthwise = getattr(module, "groups", 1) == width > 1
                 roles = ("gain", "shift") if depthwise else ("row", "row")
                 if not depthwise and getattr(module, "groups", 1) != 1:
@@ -59,15 +60,15 @@ def explicit_map(model: nn.Module, groups: Sequence[tuple[Sequence[str], Sequenc
             if getattr(module, "bias", None) is not None:
                 slots.append(Slot(name, "bias", 0, roles[1], index))
         for name in consumers:
-            columns = int(_named(model, name, LAYERS).weight.shape[1])  # type: ignore[union-attr,index]
+            columns = int(_named(model, name, LAYERS).weight.shape[1])
             if size == 0 or columns % size or getattr(model.get_submodule(name), "groups", 1) != 1:
-                raise QuernelError(f"groups: consumer {name!r} reads {columns} columns, which do not fit {size} channels")
+                raise QuernelError(f"groups: consumer {name!r} has {columns} columns, which do not fit {size} channels")
             slots.append(Slot(name, "weight", 1, "column", np.arange(columns).reshape(size, -1)))
         found.append(group_of(slots, size, (), model))
     return ChannelMap(distinct(found), folds=tuple(folds))
 
 
-def _named(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
+def _named(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> Any:
     try:
         module = model.get_submodule(name)
     except AttributeError as error:

@@ -20,6 +20,7 @@ from quernel.compress.graph._trace import Trace
 
 Ids = NDArray[np.int64]
 Axes = tuple[Ids | None, ...]
+OUTPUT = "is an output of the model"
 Role = Literal["row", "gain", "shift", "column", "folded"]
 
 
@@ -95,7 +96,7 @@ def follow(trace: Trace, rules: dict[str, Rule], fallback: Rule) -> Flow:
             flow.values[node] = rules.get(name, fallback)(flow, node, arguments(node))
         elif node.op == "output":
             for operand in node.all_input_nodes:
-                flow.block(all_axes(flow, operand), "is an output of the model")
+                flow.block(all_axes(flow, operand), OUTPUT)
         else:
             flow.values[node] = untracked(node)
     return flow
@@ -121,7 +122,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     """Return the operands by their names in the operator's schema, defaults included."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return dict(enumerate(node.args)) | dict(node.kwargs)  # type: ignore[arg-type]
+        return dict(node.kwargs)
     bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     bound |= {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
     return bound | dict(node.kwargs)

@@ -18,14 +18,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from quernel.compress._method import Forward
+from quernel.compress._context import Forward
 from quernel.compress.graph._flow import Flow, Role, Use, follow
 from quernel.compress.graph._rules import RULES, module_of, unknown
 from quernel.compress.graph._trace import trace
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-OUTPUT = "is an output of the model"
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +142,9 @@ def channel_map(model: nn.Module, example_inputs: Any, forward: Forward | None =
     Parameters and errors are those of ``channel_groups``.
     """
     flow = follow(trace(model, example_inputs, forward), RULES, unknown)
-    folds = tuple((layer, bn) for bn, layer in flow.folds.items() if not any(_refusal(model, flow, n) for n in (layer, bn)))
+    folds = tuple(
+        (layer, bn) for bn, layer in flow.folds.items() if not any(_refusal(model, flow, n) for n in (layer, bn))
+    )
     groups: list[ChannelGroup] = []
     left: list[LeftAlone] = []
     for uses, size, reason, nonlinear in _classes(model, flow):

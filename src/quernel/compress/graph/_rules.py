@@ -24,7 +24,9 @@ def module_of(tensor: str) -> str:
 def unknown(flow: Flow, node: fx.Node, a: Operands) -> Any:
     """Block every channel that an operation reads."""
     for operand in node.all_input_nodes:
-        flow.block(all_axes(flow, operand), f"passes through {operation_name(node)}, which may tie its channels together")
+        flow.block(
+            all_axes(flow, operand), f"passes through {operation_name(node)}, which may tie its channels together"
+        )
     return untracked(node)
 
 
@@ -120,7 +122,7 @@ def _same(flow: Flow, node: fx.Node, a: Operands) -> Axes:
 
 
 def _bent(flow: Flow, node: fx.Node, a: Operands) -> Axes:
-    x = flow.axes(node.args[0])
+    x = flow.axes(node.all_input_nodes[0])
     flow.bend(x, operation_name(node))
     return x
 
@@ -172,7 +174,7 @@ def _fixed(flow: Flow, n: int) -> Ids:
 
 
 def _pool(flow: Flow, node: fx.Node, a: Operands) -> Any:
-    x = flow.axes(node.args[0])
+    x = flow.axes(node.all_input_nodes[0])
     spatial = int(next(c for c in operation_name(node) if c.isdigit()))
     flow.block(x[-spatial:], f"is resized over by {operation_name(node)}")
     result = (*x[:-spatial], *(None,) * spatial)
@@ -256,7 +258,7 @@ def _permute(flow: Flow, node: fx.Node, a: Operands) -> Axes:
     elif operation in ("t", "numpy_T"):
         order.reverse()
     else:
-        i, j = (d % len(x) for d in node.args[1:3])  # type: ignore[operator]
+        i, j = (int(d) % len(x) for d in node.args[1:3])  # type: ignore[arg-type]
         order[i], order[j] = j, i
     return tuple(x[d] for d in order)
 
@@ -282,7 +284,7 @@ def _part(flow: Flow, node: fx.Node, a: Operands) -> Any:
 
 
 def _pad(flow: Flow, node: fx.Node, a: Operands) -> Axes:
-    x = flow.axes(a["self"] if "self" in a else node.args[0])
+    x = flow.axes(node.all_input_nodes[0])
     amounts = a.get("pad", a.get("padding")) or ()
     changed = {len(x) - 1 - i // 2 for i, n in enumerate(amounts) if n != 0}
     flow.block(tuple(x[d] for d in changed), "is padded with constant channels")
@@ -292,8 +294,8 @@ def _pad(flow: Flow, node: fx.Node, a: Operands) -> Axes:
 
 
 def _getitem(flow: Flow, node: fx.Node, a: Operands) -> Any:
-    value = flow.values[node.args[0]]  # type: ignore[index]
-    return value[node.args[1]] if isinstance(value, list) else untracked(node)
+    value = flow.values[node.all_input_nodes[0]]
+    return value[node.args[1]] if isinstance(value, list) else untracked(node)  # type: ignore[index]
 
 
 def _table(*entries: tuple[Rule, str]) -> dict[str, Rule]:
@@ -304,7 +306,10 @@ RULES = _table(
     (_linear, "linear"),
     (_conv, "conv1d conv2d conv3d"),
     (_batch_norm, "batch_norm"),
-    (_same, "relu leaky_relu abs neg dropout feature_dropout clone contiguous detach alias to _to_copy lift_fresh_copy"),
+    (
+        _same,
+        "relu leaky_relu abs neg dropout feature_dropout clone contiguous detach alias to _to_copy lift_fresh_copy",
+    ),
     (_same, "type_as"),
     (_bent, "gelu silu sigmoid tanh hardswish hardsigmoid hardtanh relu6 elu selu celu softplus mish log_sigmoid"),
     (_bent, "clamp clamp_min clamp_max exp log sqrt rsqrt square reciprocal sin cos erf softsign"),

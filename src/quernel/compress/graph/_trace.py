@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from quernel._errors import QuernelError
-from quernel.compress._method import Forward, evaluating, run_batch
+from quernel.compress._context import Forward, evaluating, run_batch
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def trace(model: nn.Module, example_inputs: Any, forward: Forward | None = None)
         except Exception as error:
             first_line = str(error).strip().partition("\n")[0]
             raise QuernelError(
-                f"torch.export cannot read {type(model).__name__}: {type(error).__name__}: {first_line}. Likely causes: "
-                "(a) example_inputs do not fit the model, (b) the forward branches on values of its inputs, (c) an "
-                "operator has no traced form. Fix it, or say which layers share channels yourself: "
+                f"torch.export cannot read {type(model).__name__}: {type(error).__name__}: {first_line}. Likely "
+                "causes: (a) example_inputs do not fit the model, (b) the forward branches on values of its inputs, "
+                "(c) an operator has no traced form. Fix it, or say which layers share channels yourself: "
                 'FeatureMerging(groups=((("fc1",), ("fc2",)),)) lists (producers, consumers) by module name'
             ) from error
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
-from quernel.compress._method import Context, LayerPlan, observe_inputs
+from quernel.compress._context import Context, observe_inputs, tied_elsewhere
+from quernel.compress._method import LayerPlan
 from quernel.kernels.moments import Gram
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """One stored weight: the layers that hold it, its row blocks, and the Gram matrix of its inputs."""
 
@@ -57,7 +58,7 @@ def find_layers(
     layers = []
     for weight, members in groups.items():
         names, modules = tuple(name for name, _ in members), tuple(module for _, module in members)
-        other = _other_holder(model, weight, modules)
+        other = tied_elsewhere(model, weight, modules)
         if other is not None:
             skipped += [LayerPlan(name, "skip", f"its weight is tied to {other}") for name in names]
             continue
@@ -85,11 +86,3 @@ def _blocks(name: str, weight: Tensor, split: Mapping[str, int]) -> tuple[Tensor
     parts = split.get(name.rpartition(".")[2], 1)
     # A fused matrix of unequal parts (grouped-query attention) is treated as one.
     return weight.detach().chunk(parts) if weight.shape[0] % parts == 0 else (weight.detach(),)
-
-
-def _other_holder(model: nn.Module, weight: Tensor, modules: Sequence[nn.Linear]) -> str | None:
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter is weight and not any(module is member for member in modules):
-                return f"{name}.{own}"
-    return None

@@ -7,17 +7,17 @@ ranks of a square matrix save no parameter.  Every plan gives both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import nn
 
 from quernel._errors import QuernelError
 from quernel._validate import check_choice, check_float, check_int, check_type
-from quernel.compress._method import Context, LayerPlan, Method, Plan, Scalar
+from quernel.compress._context import Context
+from quernel.compress._method import LayerPlan, Method, Plan, Scalar
+from quernel.compress.lowrank._accounting import Totals
 from quernel.compress.lowrank._layers import Layer, find_layers, observe_grams
 from quernel.compress.lowrank._ranks import (
     MinRatio,
@@ -85,17 +85,11 @@ class LowRankMethod(Method):
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose ranks over the whole model and factor the low-rank components."""
         layers, skipped = find_layers(model, context, self.targets, self.exclude, dict(self.split))
-        if not layers:
-            raise QuernelError(
-                f"{type(self).__name__} found no nn.Linear to factor in {type(model).__name__} (convolutions and "
-                f"embeddings are not targets; names holding {list(self.exclude)} are excluded). "
-                "Widen include=, or narrow exclude= of the call or of the method"
-            )
-        if self.whiten:
+        if self.whiten and layers:
             layers, unseen = observe_grams(model, context, layers)
             skipped += unseen
-            if not layers:
-                raise QuernelError("whiten=True needs data that reaches the linear layers; none of them was ever run")
+        if not layers:
+            return Plan(tuple(skipped), payload={})
         shapes = [(block.shape[0], block.shape[1]) for layer in layers for block in layer.blocks]
         choice = self.choose(layers, shapes)
         self._check_reached(shapes, choice)
@@ -109,7 +103,7 @@ class LowRankMethod(Method):
     def _factor(
         self, model: nn.Module, context: Context, layers: list[Layer], skipped: list[LayerPlan], choice: RankChoice
     ) -> Plan:
-        plans, totals = list(skipped), _Totals()
+        plans, totals = list(skipped), Totals()
         payload: dict[str, nn.Module] = {}
         ranks = iter(choice.ranks)
         for i, layer in enumerate(layers):
@@ -140,7 +134,7 @@ class LowRankMethod(Method):
                 f"{most:.4f} can go. Lower min_ratio or target"
             )
 
-    def _summary(self, model: nn.Module, choice: RankChoice, totals: _Totals) -> dict[str, Scalar]:
+    def _summary(self, model: nn.Module, choice: RankChoice, totals: Totals) -> dict[str, Scalar]:
         before = sum(p.numel() for p in model.parameters())
         after = before - totals.weights + totals.weights_stored
         return {
@@ -157,7 +151,7 @@ class LowRankMethod(Method):
             "model_parameter_reduction": 1 - after / before,
         }
 
-    def _warnings(self, layers: list[Layer], totals: _Totals) -> list[str]:
+    def _warnings(self, layers: list[Layer], totals: Totals) -> list[str]:
         found = []
         cut = totals.ranks_cut / totals.ranks
         if self.budget == "rank" and abs(totals.ranks_cut - self.target * totals.ranks) > totals.matrices:
@@ -182,64 +176,6 @@ class LowRankMethod(Method):
                 "whitening rests on the ridge. Pass more data"
             )
         return found
-
-
-@dataclass
-class _Totals:
-    """Sums over all matrices, dense ones included."""
-
-    matrices: int = 0
-    low_rank: int = 0
-    ranks: int = 0
-    ranks_cut: int = 0  # under the threshold
-    ranks_gone: int = 0  # of these, in matrices that were really factored
-    weights: int = 0
-    weights_stored: int = 0
-
-    @property
-    def weight_reduction(self) -> float:
-        """Fraction of the looked-at weights that is no longer stored; biases not counted."""
-        return 1 - self.weights_stored / self.weights
-
-    def count(
-        self, layer: Layer, ranks: list[int], flags: list[bool], weight: LowRankWeight | StackedWeight | None
-    ) -> dict[str, Scalar]:
-        """Add one layer and return what the report says about it."""
-        m, n = sum(block.shape[0] for block in layer.blocks), layer.blocks[0].shape[1]
-        full = [min(block.shape) for block in layer.blocks]
-        stored = m * n if weight is None else sum(p.numel() for p in weight.parameters())
-        self.matrices += len(full)
-        self.low_rank += sum(flags)
-        self.ranks += sum(full)
-        self.ranks_cut += sum(full) - sum(ranks)
-        self.ranks_gone += sum(f - k for f, k, flag in zip(full, ranks, flags, strict=True) if flag)
-        self.weights += m * n
-        self.weights_stored += stored
-        bias = 0 if layer.modules[0].bias is None else m
-        details: dict[str, Scalar] = {
-            "m": m,
-            "n": n,
-            "rank": ranks[0] if len(ranks) == 1 else " + ".join(map(str, ranks)),
-            "full_rank": full[0] if len(full) == 1 else " + ".join(map(str, full)),
-            "low_rank": any(flags),
-            "parameters_before": m * n + bias,
-            "parameters_after": stored + bias,
-        }
-        return details | _errors(layer, weight)
-
-
-def _errors(layer: Layer, weight: LowRankWeight | StackedWeight | None) -> dict[str, Scalar]:
-    before = torch.cat([block.detach().double() for block in layer.blocks])
-    lost = torch.zeros_like(before) if weight is None else before - weight.dense().detach().double()
-    size = float(before.norm())
-    errors: dict[str, Scalar] = {"relative_frobenius_error": float(lost.norm()) / size if size else 0.0}
-    if layer.gram is not None:
-        gram = layer.gram.to(before)
-        output = float(((before @ gram) * before).sum())
-        # Rounding can push the tiny error of a nearly exact factorisation below zero.
-        error = max(0.0, float(((lost @ gram) * lost).sum()))
-        errors["relative_output_error"] = math.sqrt(error / output) if output > 0 else 0.0
-    return errors
 
 
 def _stored(layer: Layer, ranks: list[int], flags: list[bool]) -> LowRankWeight | StackedWeight:

@@ -46,6 +46,12 @@ def spectrum_of(weight: Tensor) -> Spectrum:
     return spectrum
 
 
+def forget() -> None:
+    """Drop every kept spectrum."""
+    with _lock:
+        _spectra.clear()
+
+
 def whitened_spectrum(weight: Tensor, gram: Tensor) -> Spectrum:
     """Return the singular values of ``weight`` times the Cholesky factor of ``gram``; not kept, data changes."""
     lower = whitening_factor(gram).to(weight.device)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quernel.compress.graph import ChannelGroup, Slot
+from quernel.compress.prune._kernels import add_symmetric, nearest
 
 Array = NDArray[np.float64]
 Reference = Literal["initial", "current"]
@@ -72,12 +73,17 @@ class Space:
         for slot in self.compared:
             lines = _lines(tensors[slot.tensor], slot)
             self.grams[rule.adds(slot)] += lines @ lines.T
-        distances = self._distances()
-        self.first_maximum = float(distances.max())
+        self.zero = 0.0
+        self.first_maximum = float(self._distances().max())
         self.zero = ZERO_SHARE * self.first_maximum
         self.near = np.zeros(n, dtype=np.int64)
         self.gap = np.full(n, np.inf)
         self.stale = True
+
+    @property
+    def live(self) -> NDArray[np.int64]:
+        """The channels that are left."""
+        return np.flatnonzero(self.alive)
 
     @property
     def merged(self) -> int:
@@ -87,12 +93,7 @@ class Space:
     def closest(self) -> tuple[float, int, int]:
         """Return the smallest distance and its pair (m, n), m < n."""
         if self.stale:
-            distances = self._distances()
-            distances[~self.alive] = np.inf
-            distances[:, ~self.alive] = np.inf
-            np.fill_diagonal(distances, np.inf)
-            self.near = distances.argmin(axis=1)
-            self.gap = distances.min(axis=1)
+            self._find_nearest(self.live)
             self.stale = False
         i = int(self.gap.argmin())
         j = int(self.near[i])
@@ -127,46 +128,35 @@ class Space:
         self.alive[n] = False
         self.members[m] += self.members[n]
         self.members[n] = []
+        self.gap[n] = np.inf
         if self.stale:
             return
-        self.gap[n] = np.inf
+        moved = self.alive & ((self.near == m) | (self.near == n))
+        moved[m] = True
+        self._find_nearest(np.flatnonzero(moved))
         row = self._row(m)
-        self.near[m], self.gap[m] = int(row.argmin()), row.min()
-        for i in np.flatnonzero(self.alive & ((self.near == m) | (self.near == n))):
-            if i != m:
-                other = self._row(int(i))
-                self.near[i], self.gap[i] = int(other.argmin()), other.min()
         nearer = self.alive & (row < self.gap)
         self.near[nearer], self.gap[nearer] = m, row[nearer]
 
+    def _find_nearest(self, rows: NDArray[np.int64]) -> None:
+        share = 1 / self.count if self.rule.normalize else np.ones_like(self.count)
+        nearest(self.grams[True], self.grams[False], share, rows, self.live, self.zero, self.near, self.gap)
+
     def _row(self, i: int) -> Array:
-        total = self._gram_row(i)
-        own = total[i]
-        row = _cleared(self._diagonal() + own - 2 * total, self.zero)
+        """Return the distances of channel i from the others; infinite from itself and the dead."""
+        share = self.count if self.rule.normalize else np.ones_like(self.count)
+        adding, averaging = self.grams[True], self.grams[False]
+        diagonal = adding.diagonal() / share**2 + averaging.diagonal()
+        row = _cleared(diagonal + diagonal[i] - 2 * (adding[i] / (share * share[i]) + averaging[i]), self.zero)
         row[i] = np.inf
         row[~self.alive] = np.inf
         return row
 
-    def _gram_row(self, i: int) -> Array:
-        adding = self.grams[True][i]
-        if self.rule.normalize:
-            adding = adding / (self.count[i] * self.count)
-        return adding + self.grams[False][i]
-
-    def _diagonal(self) -> Array:
-        adding = self.grams[True].diagonal()
-        if self.rule.normalize:
-            adding = adding / self.count**2
-        return adding + self.grams[False].diagonal()
-
     def _distances(self) -> Array:
-        total = self.grams[True]
-        if self.rule.normalize:
-            total = total / np.outer(self.count, self.count)
-        total = total + self.grams[False]
+        share = self.count if self.rule.normalize else np.ones_like(self.count)
+        total = self.grams[True] / np.outer(share, share) + self.grams[False]
         diagonal = total.diagonal()
-        distances: Array = diagonal[:, None] + diagonal[None, :] - 2 * total
-        return _cleared(distances, getattr(self, "zero", 0.0))
+        return _cleared(diagonal[:, None] + diagonal[None, :] - 2 * total, self.zero)
 
 
 class Merger:
@@ -237,8 +227,9 @@ class Merger:
         for other, reader in self._readers.get(slot.tensor, ()):
             if reader.axis != slot.axis:
                 # x, y: the part of both lines that each channel of the other group owns, (n_other, lines * k).
-                x, y = _block(first, reader), _block(second, reader)
-                other.grams[self.rule.adds(reader)] += _change(x, y, a, b)
+                live = other.live
+                x, y = (_lines(lines, reader)[live] for lines in (first, second))
+                add_symmetric(other.grams[self.rule.adds(reader)], _half_change(x, y, a, b), live)
                 other.stale = True
         joined = a * first + b * second
         if slot.axis == 0:
@@ -256,23 +247,18 @@ def _ratio(space: Space) -> float:
 
 
 def _lines(tensor: Array, slot: Slot) -> Array:
-    """Return each channel's entries of a tensor, shape (size, d)."""
+    """Return each channel's entries of a tensor, or of lines cut from it, shape (size, d)."""
     moved = tensor if slot.axis == 0 else tensor.swapaxes(0, 1)
     return moved[slot.index].reshape(len(slot.index), -1)
 
 
-def _block(lines: Array, reader: Slot) -> Array:
-    """Return, from lines cut along the other axis, each channel's part, shape (size, d)."""
-    return _lines(lines, reader)
-
-
-def _change(x: Array, y: Array, a: float, b: float) -> Array:
-    """Return z z^T - x x^T - y y^T for z = a x + b y, symmetric to the last bit."""
+def _half_change(x: Array, y: Array, a: float, b: float) -> Array:
+    """Return h with h + h^T = z z^T - x x^T - y y^T for z = a x + b y."""
     left, right = x, a * b * y + (a * a - 1) / 2 * x
     if b != 1.0:
         left, right = np.hstack([left, y]), np.hstack([right, (b * b - 1) / 2 * y])
-    half = left @ right.T
-    return half + half.T
+    half: Array = left @ right.T
+    return half
 
 
 def _cleared(distances: Array, zero: float) -> Array:

@@ -99,6 +99,10 @@ class LowRankLinear(StoredLinear):
         """Inner size of the factors."""
         return self.weight.rank
 
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        """Return ``(x @ b.T) @ a.T + bias``."""
+        return self.weight.linear(x, self.bias)
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw fresh values."""
         out_features, in_features = self.weight.shape

@@ -52,6 +52,14 @@ class DenseWeight(StoredWeight):
         new.values = nn.Parameter(weight.detach().to(DTYPES[dtype]), requires_grad=weight.requires_grad)
         return new
 
+    @classmethod
+    def over(cls, parameter: nn.Parameter, dtype: str) -> Self:
+        """Round ``parameter`` in place and hold that very object, so that what is tied to it stays tied."""
+        new = cls(tuple(parameter.shape), dtype)
+        parameter.data = parameter.data.to(DTYPES[dtype])
+        new.values = parameter
+        return new
+
     def dense(self) -> Tensor:
         """Return the stored tensor itself."""
         return self.values

@@ -91,7 +91,12 @@ class LowRankWeight(StoredWeight):
 
     def matmul(self, x: Tensor) -> Tensor:  # x: (..., in) -> (..., out)
         """Return ``(x @ b.T) @ a.T`` in the dtype of ``x``."""
-        return F.linear(F.linear(x, self.b.to(x.dtype)), self.a.to(x.dtype))
+        return self.linear(x, None)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:  # x: (..., in) -> (..., out)
+        """Return ``(x @ b.T) @ a.T + bias`` with the bias added inside the second product."""
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(F.linear(x, self.b.to(x.dtype)), self.a.to(x.dtype), bias)
 
     def rows(self, ids: Tensor) -> Tensor:  # ids: any shape -> (*ids.shape, in)
         """Return rows of the product without forming the rest."""

@@ -1,0 +1,273 @@
+"""Vector instructions for Numba kernels that its own vectoriser does not find: VNNI, FMA, expand-load.
+
+An ``Emitter`` writes LLVM IR inside the code generator of a ``numba.extending.intrinsic``; each of its
+operations has a portable form, plain IR for any processor, with bit-equal integers. The portable form is
+taken where AVX-512 + VNNI is lacking, or everywhere with ``QUERNEL_PORTABLE=1``. ``make_*`` build ready
+intrinsics; a kernel file calls them once at module level. Arguments are int64 addresses: read
+``array.ctypes.data`` inside the jitted function, from Python it costs a microsecond each.
+
+Numba's disk cache watches the file of the jitted function only. ``keyed`` puts the chosen path and the text
+of this file into the cache key, so it stands under ``@njit`` of every function that reaches an intrinsic::
+
+    _dot = make_dot_u8s8()
+
+    @njit(nogil=True, cache=True, fastmath=False)
+    @keyed
+    def kernel(a, b): return _dot(a.ctypes.data, b.ctypes.data, a.size)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+VECTOR_FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"})
+
+BIT, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F32 = ir.FloatType()
+LANES = 16  # 32-bit lanes of a 512-bit vector
+
+
+@functools.cache
+def target_features() -> frozenset[str]:
+    """Return the processor features that Numba compiles for, e.g. ``"avx512vnni"``."""
+    # The code generator's own list honours NUMBA_CPU_FEATURES and NUMBA_ENABLE_AVX, the bare host's does not.
+    features = cpu_target.target_context.codegen().magic_tuple()[2]
+    return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
+
+
+@functools.cache
+def portable() -> bool:
+    """Whether kernels take the portable path: no AVX-512 + VNNI here, or ``QUERNEL_PORTABLE=1``."""
+    return os.environ.get("QUERNEL_PORTABLE") == "1" or not target_features() >= VECTOR_FEATURES
+
+
+def keyed(function: Function) -> Function:
+    """Give a function to be jitted a name of its own in Numba's disk cache a path and version of this file."""
+    function.__qualname__ += f"_{'portable' if portable() else 'vector'}_{_own_digest()}"
+    return function
+
+
+class Emitter:
+    """Writes IR at the place of a builder; made inside the code generator of an intrinsic.
+
+    Parameters
+    ----------
+    builder : llvmlite.ir.IRBuilder
+        As Numba hands it to the code generator.
+    portable : bool, optional
+        Which form to emit; default ``portable()``.
+    """
+
+    def __init__(self, builder: Any, portable: bool | None = None) -> None:
+        self.builder = builder
+        self.portable = _chosen(portable)
+
+    def load(self, address: Any, kind: Any, align: int = 1) -> Any:
+        """Load a value of LLVM type ``kind``; a wrong ``align`` faults, 1 is always right."""
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=align)
+
+    def store(self, value: Any, address: Any, align: int = 1) -> None:
+        """Store a value."""
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+    def offset(self, address: Any, index: Any, size: int) -> Any:
+        """Return ``address + index * size``."""
+        return self.builder.add(address, self.builder.mul(index, ir.Constant(I64, size)))
+
+    def zeros(self, kind: Any) -> Any:
+        """Return the zero of an LLVM type."""
+        return ir.Constant(kind, None)
+
+    def splat(self, value: Any, lanes: int = LANES) -> Any:
+        """Return a vector of equal lanes."""
+        one = self.builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, I32(0))
+        indices = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+        return self.builder.shuffle_vector(one, one, indices)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """Return ``a * b + c``; rounded once where the processor has FMA, else twice."""
+        if self.portable and "fma" not in target_features():
+            return self.builder.fadd(self.builder.fmul(a, b), c)
+        return self._call(f"llvm.fma.{_mangled(a.type)}", a.type, [a, b, c])
+
+    def dot4_u8s8(self, total: Any, unsigned: Any, signed: Any) -> Any:
+        """Return ``total`` (16 x i32) plus four products a lane of u8 and s8 (64 x i8 each); wraps around."""
+        words = ir.VectorType(I32, LANES)
+        if not self.portable:
+            # Three <16 x i32>: the form of all LLVM versions, rewritten while parsing by the newer ones.
+            operands = [total, *(self.builder.bitcast(v, words) for v in (unsigned, signed))]
+            return self._call("llvm.x86.avx512.vpdpbusd.512", words, operands)
+        wide = ir.VectorType(I32, 4 * LANES)
+        products = self.builder.mul(self.builder.zext(unsigned, wide), self.builder.sext(signed, wide))
+        for first in range(4):
+            lanes = ir.Constant(words, list(range(first, 4 * LANES, 4)))
+            total = self.builder.add(total, self.builder.shuffle_vector(products, products, lanes))
+        return total
+
+    def expand_load(self, address: Any, mask: Any, element: Any = F32) -> Any:
+        """Load consecutive elements into the lanes whose bit of ``mask`` (i16) is set, zero in the others.
+
+        Exactly ``popcount(mask)`` elements are read. 16-bit elements need AVX512-VBMI2, else the portable form.
+        """
+        kind = ir.VectorType(element, LANES)
+        available = isinstance(element, ir.FloatType) or element.width >= 32 or "avx512vbmi2" in target_features()
+        if not self.portable and available:
+            pointer = self.builder.inttoptr(address, element.as_pointer())
+            lanes = self.builder.bitcast(mask, ir.VectorType(BIT, LANES))
+            return self._call(f"llvm.masked.expandload.{_mangled(kind)}", kind, [pointer, lanes, self.zeros(kind)])
+        size = 4 if isinstance(element, ir.FloatType) else element.width // 8
+        result = cgutils.alloca_once_value(self.builder, self.zeros(kind))
+        for lane in range(LANES):
+            bit = self.builder.and_(mask, I16(1 << lane))
+            with self.builder.if_then(self.builder.icmp_unsigned("!=", bit, I16(0))):
+                below = self.builder.ctpop(self.builder.and_(mask, I16((1 << lane) - 1)))
+                value = self.load(self.offset(address, self.builder.zext(below, I64), size), element)
+                vector = self.builder.insert_element(self.builder.load(result), value, I32(lane))
+                self.builder.store(vector, result)
+        return self.builder.load(result)
+
+    def reduce_add(self, vector: Any) -> Any:
+        """Return the sum of the lanes; of floats in the order of a binary tree, which all paths share."""
+        lanes = vector.type.count
+        add = self.builder.fadd if isinstance(vector.type.element, ir.FloatType) else self.builder.add
+        while lanes > 1:
+            half = ir.Constant(ir.VectorType(I32, lanes // 2), list(range(lanes // 2)))
+            rest = ir.Constant(ir.VectorType(I32, lanes // 2), list(range(lanes // 2, lanes)))
+            low, high = (self.builder.shuffle_vector(vector, vector, part) for part in (half, rest))
+            vector, lanes = add(low, high), lanes // 2
+        return self.builder.extract_element(vector, I32(0))
+
+    def loop(self, count: Any, carried: Sequence[Any], body: Callable[..., Sequence[Any]]) -> list[Any]:
+        """Run ``body(index, *carried)``, which returns the next carried values, ``count`` (i64) times."""
+        before = self.builder.block
+        head, inside, done = (self.builder.append_basic_block(name) for name in ("head", "body", "done"))
+        self.builder.branch(head)
+        self.builder.position_at_end(head)
+        index = self.builder.phi(I64)
+        held = [self.builder.phi(value.type) for value in carried]
+        self.builder.cbranch(self.builder.icmp_signed("<", index, count), inside, done)
+        self.builder.position_at_end(inside)
+        following = [self.builder.add(index, I64(1)), *body(index, *held)]
+        # Where the body ended: it may have opened blocks of its own.
+        after = self.builder.block
+        self.builder.branch(head)
+        for phi, first, following_value in zip([index, *held], [I64(0), *carried], following, strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(following_value, after)
+        self.builder.position_at_end(done)
+        return held
+
+    def _call(self, name: str, returns: Any, operands: Sequence[Any]) -> Any:
+        signature = ir.FunctionType(returns, [operand.type for operand in operands])
+        function = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        return self.builder.call(function, operands)
+
+
+def make_dot_u8s8(portable: bool | None = None) -> Any:
+    """Return ``dot(unsigned_address, signed_address, n) -> int32``: products of n bytes, summed with wrap-around."""
+    words, octets = ir.VectorType(I32, LANES), ir.VectorType(I8, 4 * LANES)
+
+    @intrinsic
+    def dot(typing: Any, unsigned: Any, signed: Any, n: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            unsigned, signed, n = args
+            e = Emitter(builder, portable)
+
+            def step(index: Any, total: Any) -> list[Any]:
+                u, s = (e.load(e.offset(address, index, 64), octets) for address in (unsigned, signed))
+                return [e.dot4_u8s8(total, u, s)]
+
+            blocks = builder.ashr(n, I64(6))
+            (total,) = e.loop(blocks, [e.zeros(words)], step)
+            start = builder.shl(blocks, I64(6))
+
+            def single(index: Any, total: Any) -> list[Any]:
+                u, s = (e.load(builder.add(address, builder.add(start, index)), I8) for address in (unsigned, signed))
+                return [builder.add(total, builder.mul(builder.zext(u, I32), builder.sext(s, I32)))]
+
+            return e.loop(builder.sub(n, start), [e.reduce_add(total)], single)[0]
+
+        return types.int32(types.int64, types.int64, types.int64), emit
+
+    return dot
+
+
+def make_axpy_f32(portable: bool | None = None) -> Any:
+    """Return ``axpy(y_address, x_address, scale, n)``: ``y += scale * x`` over n floats, by FMA."""
+    row = ir.VectorType(F32, LANES)
+
+    @intrinsic
+    def axpy(typing: Any, y: Any, x: Any, scale: Any, n: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            y, x, scale, n = args
+            e = Emitter(builder, portable)
+
+            def update(index: Any, kind: Any, factor: Any, size: int) -> list[Any]:
+                place = e.offset(y, index, size)
+                e.store(e.fma(e.load(e.offset(x, index, size), kind), factor, e.load(place, kind)), place)
+                return []
+
+            factor = e.splat(scale)
+            blocks = builder.ashr(n, I64(4))
+            e.loop(blocks, [], lambda index: update(index, row, factor, 64))
+            start = builder.shl(blocks, I64(4))
+            rest = builder.sub(n, start)
+            e.loop(rest, [], lambda index: update(builder.add(start, index), F32, scale, 4))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.float32, types.int64), emit
+
+    return axpy
+
+
+def make_expand_f32(portable: bool | None = None) -> Any:
+    """Return ``expand(out_address, values_address, bitmap) -> int64``: 64 floats from a bitmap and its packed values.
+
+    Lane i of the 64 gets the next value where bit i is set, else zero; returns the number of values read.
+    """
+
+    @intrinsic
+    def expand(typing: Any, out: Any, values: Any, bitmap: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            out, values, bitmap = args
+            e = Emitter(builder, portable)
+            read = I64(0)
+            for quarter in range(4):
+                mask = builder.trunc(builder.lshr(bitmap, I64(16 * quarter)), I16)
+                row = e.expand_load(e.offset(values, read, 4), mask)
+                e.store(row, builder.add(out, I64(64 * quarter)))
+                read = builder.add(read, builder.zext(builder.ctpop(mask), I64))
+            return read
+
+        return types.int64(types.int64, types.int64, types.uint64), emit
+
+    return expand
+
+
+def _chosen(path: bool | None) -> bool:
+    return portable() if path is None else path
+
+
+def _mangled(kind: Any) -> str:
+    """Return the suffix of an overloaded LLVM intrinsic, e.g. ``v16f32``."""
+    if isinstance(kind, ir.VectorType):
+        return f"v{kind.count}{_mangled(kind.element)}"
+    return "f32" if isinstance(kind, ir.FloatType) else f"i{kind.width}"
+
+
+@functools.cache
+def _own_digest() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]

@@ -1,0 +1,187 @@
+"""Which module reads which module's output, and nothing else does: found by running, proven by running.
+
+Hooks note whose output object is whose input. That suggests a pair; whether the output also goes elsewhere
+(a residual stream, say) is then settled exactly. A fused activation must leave the model's output bit-equal,
+and so must a scaling by powers of two that is put on the producer and taken off before the reader: floating
+point multiplies by powers of two without rounding, so any other reader shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quernel.compress._context import Context, evaluating, run_batch
+
+Pairs = dict[str, str]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def activations_after(model: nn.Module, context: Context, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return ``{linear: (activation module, its kind)}`` where the activation alone reads the linear's output."""
+    known = dict(model.named_modules())
+    kinds = {name: kind for name, m in known.items() if (kind := activation_kind(m)) is not None}
+    readers = readers_of(model, context, list(linears), list(kinds))
+    found = {producer: (names[0], kinds[names[0]]) for producer, names in readers.items() if len(names) == 1}
+    # One activation module called from several places must stay a module of its own.
+    uses = [activation for activation, _ in found.values()]
+    found = {producer: pair for producer, pair in found.items() if uses.count(pair[0]) == 1}
+
+    def fused(chosen: Mapping[str, tuple[str, str]]) -> list[Any]:
+        handles = []
+        for producer, (activation, _) in chosen.items():
+            handles.append(known[producer].register_forward_hook(_then(known[activation].forward)))
+            handles.append(known[activation].register_forward_hook(lambda module, args, output: args[0]))
+        return handles
+
+    return _proven(model, context, found, fused)
+
+
+def scalable_producers(model: nn.Module, context: Context, linears: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return ``{norm or linear: linears}`` where these linears alone read the output, so it can take their scale."""
+    known = dict(model.named_modules())
+    producers = [name for name, m in known.items() if name and can_scale(m)]
+    readers = readers_of(model, context, producers, list(linears))
+    groups = {producer: tuple(names) for producer, names in readers.items()}
+
+    def scaled(chosen: Mapping[str, tuple[str, ...]]) -> list[Any]:
+        handles = []
+        for producer, consumers in chosen.items():
+            up, down = _powers_of_two(known[consumers[0]].in_features)  # type: ignore[arg-type]
+            handles.append(known[producer].register_forward_hook(_then(lambda y, up=up: y * up.to(y))))  # type: ignore[misc]
+            for consumer in consumers:
+                handles.append(
+                    known[consumer].register_forward_pre_hook(
+                        lambda module, args, down=down: (args[0] * down.to(args[0]), *args[1:])  # type: ignore[misc]
+                    )
+                )
+        return handles
+
+    return _proven(model, context, groups, scaled)
+
+
+def activation_kind(module: nn.Module) -> str | None:
+    """Return which known activation a parameter-free leaf module computes, told by its numbers."""
+    if next(module.children(), None) is not None or next(iter(module.state_dict()), None) is not None:
+        return None
+    if type(module).forward is nn.Module.forward or isinstance(module, nn.Identity | nn.Dropout):
+        return None
+    probe = torch.linspace(-8, 8, 65)
+    try:
+        with torch.no_grad():
+            value = module(probe.clone())
+    except (TypeError, RuntimeError, ValueError, IndexError):  # not a function of one tensor of any shape
+        return None
+    if not isinstance(value, Tensor) or value.shape != probe.shape:
+        return None
+    return next(
+        (kind for kind, f in ACTIVATIONS.items() if torch.allclose(value, f(probe), rtol=1e-6, atol=1e-6)), None
+    )
+
+
+def can_scale(module: nn.Module) -> bool:
+    """Say whether scaling ``weight`` (and ``bias``) by output channel scales the module's output."""
+    if type(module) is nn.Linear:
+        return True
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 1 and type(module).__name__.endswith("Norm")
+
+
+def scale_producer(module: nn.Module, factor: Tensor) -> None:
+    """Multiply a producer's output channels by ``factor`` through its weight and bias."""
+    with torch.no_grad():
+        module.weight.mul_(factor if module.weight.ndim == 1 else factor[:, None])  # type: ignore[union-attr, operator]
+        if getattr(module, "bias", None) is not None:
+            module.bias.mul_(factor)  # type: ignore[union-attr, operator]
+
+
+def readers_of(model: nn.Module, context: Context, producers: list[str], readers: list[str]) -> dict[str, list[str]]:
+    """Return for each producer the readers whose input is its very output, when all its calls agree."""
+    known = dict(model.named_modules())
+    made: dict[int, tuple[str, Tensor]] = {}  # holds the tensors, so that no id is used twice
+    seen: dict[str, list[list[str]]] = {name: [] for name in producers}
+    calls: dict[str, int] = dict.fromkeys(readers, 0)
+
+    def produced(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                made[id(output)] = (name, output)
+                seen[name].append([])
+
+        return hook
+
+    def read(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            calls[name] += 1
+            source = made.get(id(args[0])) if args else None
+            if source is not None and source[1]._version == 0 and seen[source[0]]:
+                seen[source[0]][-1].append(name)
+
+        return hook
+
+    handles = [known[name].register_forward_hook(produced(name)) for name in producers]
+    handles += [known[name].register_forward_pre_hook(read(name)) for name in readers]
+    try:
+        _output(model, context)
+    finally:
+        for handle in handles:
+            handle.remove()
+    agreed = {
+        name: lists[0] for name, lists in seen.items() if lists and lists[0] and lists.count(lists[0]) == len(lists)
+    }
+    # A reader that is also called on something else keeps its own input.
+    return {name: found for name, found in agreed.items() if all(calls[reader] == len(seen[name]) for reader in found)}
+
+
+def _proven(
+    model: nn.Module, context: Context, chosen: dict[str, Any], install: Callable[[Any], list[Any]]
+) -> dict[str, Any]:
+    """Keep the entries that leave the output bit-equal; try all at once, then one by one."""
+    if not chosen:
+        return {}
+    wanted = _output(model, context)
+
+    def holds(some: dict[str, Any]) -> bool:
+        handles = install(some)
+        try:
+            got = _output(model, context)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+    return chosen if holds(chosen) else {name: value for name, value in chosen.items() if holds({name: value})}
+
+
+def _output(model: nn.Module, context: Context) -> list[Tensor]:
+    batch = next(context.batches())
+    with evaluating(model), torch.no_grad():
+        return _tensors(run_batch(model, batch, context.forward))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value.clone()]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in _tensors(v)]
+    if isinstance(value, tuple | list):
+        return [t for v in value for t in _tensors(v)]
+    return []
+
+
+def _then(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda module, args, output: function(output)
+
+
+def _powers_of_two(n: int) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(n) % 5 - 2
+    return torch.exp2(exponents.float()), torch.exp2(-exponents.float())
