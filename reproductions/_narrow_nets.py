@@ -98,7 +98,8 @@ def narrowed(model: nn.Module, how: str, kept: float, example: Tensor, seed: int
         # As many as merging leaves, which never takes more than its share.
         left = space.group.size - int((1 - kept) * space.group.size + 1e-9)
         rows = np.concatenate(
-            [merger.tensors[s.tensor][s.index[:, 0]].reshape(space.group.size, -1) for s in space.group.producers], axis=1
+            [merger.tensors[s.tensor][s.index[:, 0]].reshape(space.group.size, -1) for s in space.group.producers],
+            axis=1,
         )
         if how == "magnitude":
             space.alive[np.argsort(-np.abs(rows).sum(axis=1), kind="stable")[left:]] = False

@@ -27,7 +27,7 @@ from quernel.nn.weights import LowRankWeight
 from quernel.train import low_rank_only
 
 STEPS, BATCH, LENGTH = 200, 16, 32
-TUNING_STEPS, TUNING_SEED, RATES = 100, 99, (1e-4, 3e-4)
+TUNING_STEPS, TUNING_SEED, RATES = 50, 99, (1e-4, 3e-4)
 PROBE_STEPS, TIMED_ROUNDS = 5, 10
 WARM_UP = 20
 
@@ -124,8 +124,9 @@ def one_step(model: Classifier, optimizer: torch.optim.Optimizer, batch: dict[st
 def judge(model: Classifier) -> tuple[float, float]:
     """Return mean loss and accuracy on the 872 dev sentences."""
     model.eval()
-    pairs = [(model(batch), label) for batch, label in batches("dev", 0, 55)]
-    logits, labels = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = [(model(batch), label) for batch, label in batches("dev", 0, 55)]
+    logits, labels = torch.cat([a.float() for a, _ in pairs]), torch.cat([b for _, b in pairs])
     return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
 
 

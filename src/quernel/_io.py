@@ -108,7 +108,8 @@ def write_folder(
     kept, aliases = _without_aliases(tensors)
     data = safetensors.torch.save(kept, metadata={"format": "pt"})
     sha = hashlib.sha256(data).hexdigest()
-    name = PLAIN if not (folder / PLAIN).exists() and KEY not in before else f"model-{sha[:16]}.safetensors"
+    # Without our key nothing refers to a plain file: at most a save that was killed before its commit left one.
+    name = f"model-{sha[:16]}.safetensors" if KEY in before else PLAIN
     if not ((folder / name).exists() and file_sha256(folder / name) == sha):
         write_atomically(folder / name, data)
     subtree: dict[str, Any] = {

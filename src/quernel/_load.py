@@ -114,10 +114,12 @@ def describe_architecture(model: nn.Module) -> dict[str, Any]:
     """Return how a folder names the uncompressed architecture of ``model``."""
     root = type(model).__module__.partition(".")[0]
     if is_registered(model):
-        return {"library": "quernel", "class": type(model).__name__, "config": model.config()}  # type: ignore[operator]
+        described: Any = model
+        return {"library": "quernel", "class": type(model).__name__, "config": described.config()}
     if root == "transformers" and hasattr(model, "config"):
         # to_dict() drops non-JSON values; the digest needs plain JSON.
-        return {"library": "transformers", "class": type(model).__name__, "config": model.config.to_dict()}
+        settings: Any = model.config
+        return {"library": "transformers", "class": type(model).__name__, "config": settings.to_dict()}
     return {"library": None, "class": f"{type(model).__module__}.{type(model).__qualname__}", "config": {}}
 
 
@@ -157,7 +159,9 @@ def _transformers_model(name: str, config: dict[str, Any], file: str) -> nn.Modu
             f"{file}: field 'quernel.content.architecture.config' is no transformers config ({error})"
         ) from error
     # from_config and not cls(settings): it applies the attention implementation; trust_remote_code stays off.
-    return cls._from_config(settings)  # type: ignore[no-any-return]
+    builder: Any = cls
+    model: nn.Module = builder._from_config(settings)
+    return model
 
 
 def _signature_of(architecture: Mapping[str, Any], model: nn.Module) -> Any:
@@ -170,7 +174,8 @@ def _signature_of(architecture: Mapping[str, Any], model: nn.Module) -> Any:
 def _foreign_keys(model: nn.Module, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
     if architecture["library"] != "transformers":
         return None
-    return architecture["config"] | {"architectures": [architecture["class"]]}  # type: ignore[no-any-return]
+    settings: dict[str, Any] = architecture["config"]
+    return settings | {"architectures": [architecture["class"]]}
 
 
 def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     owner = threading.get_ident()
     with _registration_lock:
-        handle = nn.modules.module.register_module_parameter_registration_hook(to_meta)
+        # Annotated by torch as returning None, but a returned Parameter replaces the registered one (its docstring).
+        handle = nn.modules.module.register_module_parameter_registration_hook(cast(Any, to_meta))
         try:
             yield
         finally:
@@ -172,7 +173,7 @@ def _build(description: dict[str, Any], file: str, field: str) -> nn.Module:
         allowed = (*TORCH_LAYERS.get(layer, ()), *(("bias",) if layer in _BIASED else ()))
         if layer not in TORCH_LAYERS or set(config) - set(allowed):
             raise FormatError(f"{file}: field {field!r} names {name!r} with {sorted(config)}, which is not allowed")
-        return getattr(nn, layer)(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})  # type: ignore[no-any-return]
+        return getattr(nn, layer)(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     module = resolve_class(name, file=file, field=f"{field}.class").from_config(config)  # type: ignore[attr-defined]
     if not isinstance(module, nn.Module):
         raise FormatError(f"{file}: field {field!r} names {name!r}, which is not a module")

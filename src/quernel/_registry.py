@@ -39,7 +39,7 @@ class Entry:
 
     def resolve(self) -> type:
         """Import the module and return the class."""
-        return getattr(importlib.import_module(self.module), self.name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(self.module), self.name)
 
 
 def register(

@@ -331,8 +331,8 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 @contextlib.contextmanager
 def _quiet_gc() -> Iterator[None]:
+    # No gc.collect() first: walking a large process's objects takes longer than most samples.
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

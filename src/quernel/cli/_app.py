@@ -5,6 +5,7 @@ Commands raise quernel errors; only here are they turned into text. ``--debug`` 
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from quernel._errors import QuernelError
 from quernel.cli import _bench, _compress, _data, _demo, _doctor, _info, _list, _reproduce, _warmup
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+# What they say on import concerns their developers.
+CHATTY = ("torchao", "torch.utils._pytree", "transformers")
 
 app = typer.Typer(
     name="quernel",
@@ -55,6 +58,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         if not debug:
             warnings.showwarning = _one_line_warning
+            for library in CHATTY:
+                logging.getLogger(library).setLevel(logging.ERROR)
         try:
             code = app(args=given or ["--help"], prog_name="quernel", standalone_mode=False)
         except (KeyboardInterrupt, typer.Abort):

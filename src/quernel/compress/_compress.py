@@ -183,7 +183,7 @@ class Made:
 
 def ordered(method: Method | Sequence[Method]) -> list[Method]:
     """Return the methods in natural order; equal stages keep the user's order."""
-    methods = list(method) if isinstance(method, list | tuple) else [method]
+    methods: list[Any] = list(method) if isinstance(method, list | tuple) else [method]
     if not methods:
         raise QuernelError("method must be a compression method or a non-empty list of them; got an empty list")
     for m in methods:

@@ -76,7 +76,7 @@ class Budget:
                 fields[name] = int(value) if value.isdigit() and name == "bytes" else float(value)
             except ValueError as error:
                 raise QuernelError(f"budget: {name} must be a number; got {value!r}") from error
-        return cls(**fields)  # type: ignore[arg-type]
+        return cls(**fields)
 
     def bytes_limit(self, full: int) -> float:
         """Return the largest allowed number of file bytes."""
@@ -158,9 +158,9 @@ def search(
     --------
     >>> import torch, quernel
     >>> from quernel.compress import Budget, search
-    >>> model, x = torch.nn.Linear(64, 10).eval(), torch.ones(1, 64)
-    >>> wrapped = torch.nn.Sequential(model)
-    >>> result = search(wrapped, Budget(bytes=0.6), data=[x], evaluate=lambda m: -float((m(x).float() - model(x)).norm()))
+    >>> model, x = torch.nn.Sequential(torch.nn.Linear(64, 10)).eval(), torch.ones(1, 64)
+    >>> near = lambda m: -float((m(x).float() - model(x)).norm())
+    >>> result = search(model, Budget(bytes=0.6), data=[x], evaluate=near)
     >>> result.satisfied
     True
     """
@@ -169,10 +169,18 @@ def search(
     select, judge, shared = _judges(evaluate)
     context = Context(data, example_inputs, forward, include, exclude)
     check_needs(model, [], context, finetune)
-    store = TrialStore(
-        None if resume is None else Path(resume), weights_digest(model), data_digest(data), metric_name(select)
-    )
     full = Trial((), stored_bytes(model), checked_metric(select, model, "the uncompressed model"))
+    identity = {
+        "weights": weights_digest(model),
+        "data": data_digest(data),
+        "example_inputs": data_digest([example_inputs]),
+        # A function has no digest; what it says of the original model tells two data sets apart.
+        "metric": [metric_name(select), full.metric],
+        "finetune": finetune is not None,
+        "include": list(include),
+        "exclude": list(exclude),
+    }
+    store = TrialStore(None if resume is None else Path(resume), identity)
     options = {"data": data, "example_inputs": example_inputs, "forward": forward, "finetune": finetune}
     options |= {"include": include, "exclude": exclude}
     runner = _Runner(model, select, options, store, executor, progress, budget, full)

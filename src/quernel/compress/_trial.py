@@ -54,11 +54,19 @@ class Trial:
 
 
 class TrialStore:
-    """Finished trials of one model, data and metric; with no folder it only computes keys."""
+    """Finished trials of one setting; with no folder it only computes keys.
 
-    def __init__(self, folder: Path | None, weights: str, data: str, metric: str) -> None:
+    Parameters
+    ----------
+    folder : Path, optional
+        Trials live in its subfolder ``trials``.
+    identity : mapping
+        JSON-able: everything besides the methods that a trial's outcome depends on.
+    """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
         self.folder = None if folder is None else folder / "trials"
-        self.identity = {"version": TRIAL_VERSION, "weights": weights, "data": data, "metric": metric}
+        self.identity = {"version": TRIAL_VERSION, **identity}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 

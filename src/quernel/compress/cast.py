@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quernel._module_tree import is_registered
 from quernel._registry import register
@@ -82,7 +82,8 @@ class Cast(Method):
                 inserted = name
             elif context.allows(name) and self._casts(module):
                 keeps = isinstance(module, MIXED_NORMS) and self.dtype in ("bfloat16", "float16")
-                layers.append(LayerPlan(name, "keep", "norms take both dtypes") if keeps else LayerPlan(name, self.dtype))
+                reason = "norms take both dtypes" if keeps else ""
+                layers.append(LayerPlan(name, "keep" if keeps else self.dtype, reason))
         return Plan(tuple(layers))
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
@@ -115,5 +116,5 @@ class Cast(Method):
                 setattr(module, name, buffer.to(dtype))
 
 
-def _cast(bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Parameter | None:
+def _cast(bias: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
     return None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)

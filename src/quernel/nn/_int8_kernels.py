@@ -81,7 +81,7 @@ def quantiser(bf16: bool, smooth: bool, bound: bool) -> Callable[..., None]:
                     v = -limit if v < -limit else v
                 codes[i, j] = i8(f32(v + ROUND).view(i32))
 
-    return kernel  # type: ignore[no-any-return]
+    return kernel
 
 
 @functools.cache
@@ -109,7 +109,7 @@ def dequantiser(bf16: bool, activation: int) -> Callable[..., None]:
                     y = _silu(y)
                 out[i, j] = _to_bf16(y) if bf16 else y
 
-    return kernel  # type: ignore[no-any-return]
+    return kernel
 
 
 @njit(nogil=True, cache=True, fastmath=False)

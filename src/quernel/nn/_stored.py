@@ -6,11 +6,10 @@ convolves with ``weight.dense()``: its bytes are saved at rest, its time is that
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from quernel._errors import QuernelError
 from quernel._registry import register, resolve_class
@@ -25,9 +24,8 @@ def weight_config(weight: StoredWeight) -> dict[str, Any]:
 
 def weight_from_config(config: dict[str, Any]) -> StoredWeight:
     """Build an empty stored weight from ``weight_config``; only registered classes are built."""
-    weight: StoredWeight = resolve_class(config["class"], file="config", field="weight.class").from_config(  # type: ignore[attr-defined]
-        config["config"]
-    )
+    cls: Any = resolve_class(config["class"], file="config", field="weight.class")
+    weight: StoredWeight = cls.from_config(config["config"])
     return weight
 
 
@@ -71,7 +69,13 @@ def _linear_example() -> dict[str, Any]:
 
 
 @register(
-    "stored-layers", pillar="nn", contract="module", paper=None, status="stable", headline=False, example=_linear_example
+    "stored-layers",
+    pillar="nn",
+    contract="module",
+    paper=None,
+    status="stable",
+    headline=False,
+    example=_linear_example,
 )
 class StoredLinear(_StoredLayer):
     """A linear layer whose weight lives in a ``StoredWeight``.
@@ -137,7 +141,7 @@ class StoredConv2d(_StoredLayer):
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
     ) -> None:
         super().__init__(weight, bias, dims=4)
         self.out_channels, per_group, *kernel = weight.shape
@@ -181,12 +185,12 @@ class StoredConv2d(_StoredLayer):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build an empty layer from ``config()``."""
-        fields = {f: tuple(v) if isinstance(v := config[f], list) else v for f in _CONV_FIELDS}
+        fields: dict[str, Any] = {f: tuple(v) if isinstance(v := config[f], list) else v for f in _CONV_FIELDS}
         return cls(*cls._parts(config), **fields)
 
     def extra_repr(self) -> str:
         """Show the geometry."""
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"  # type: ignore[attr-defined]
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
 
 
 def _embedding_example() -> dict[str, Any]:

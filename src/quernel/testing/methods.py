@@ -57,7 +57,8 @@ def check_plan_is_pure(cls: type) -> None:
     names = {name for name, _ in model.named_modules()}
     for layer in plan.layers:
         require(layer.name in names, cls, f"the plan names {layer.name!r}, which is no module")
-        require(not layer.skipped or bool(layer.reason) or layer.action == "keep", cls, f"{layer.name} is skipped without a reason")
+        told = bool(layer.reason) or layer.action != "skip"
+        require(told, cls, f"{layer.name} is skipped without a reason")
 
 
 def check_result(cls: type) -> None:
@@ -101,7 +102,8 @@ def check_dry_run(cls: type) -> None:
     example = _example(cls)
     model = example["model"]()
     before = copy.deepcopy(model)
-    result = compress(model, example["method"], data=example["data"], example_inputs=example["example_inputs"], dry_run=True)
+    options = {"data": example["data"], "example_inputs": example["example_inputs"]}
+    result = compress(model, example["method"], dry_run=True, **options)
     require(result.model is model, cls, "dry_run returns another model")
     _require_same_model(cls, "dry_run", model, before)
     require(bool(result.report.layers), cls, "dry_run reports no layer")
@@ -122,7 +124,8 @@ def check_refusals(cls: type) -> None:
     """Missing needs, empty data, wrong models and empty selections raise a Quernel error that says so."""
     example = _example(cls)
     method, model, inputs = example["method"], example["model"](), example["example_inputs"]
-    _require_error(cls, "an empty selection", "nothing", model, method, data=example["data"], include=("no.such.module",))
+    options = {"data": example["data"], "include": ("no.such.module",)}
+    _require_error(cls, "an empty selection", "nothing", model, method, **options)
     _require_error(cls, "a model that is no module", "model", "model", method)
     if "data" in method.needs:
         _require_error(cls, "missing data", "data", model, method, example_inputs=inputs)

@@ -13,7 +13,7 @@ from quernel.testing._modules_shared import (
     check_state_is_stable,
     made,
 )
-from quernel.testing._suite import generator, require, require_close, run_all
+from quernel.testing._suite import ConformanceError, generator, require, require_close, run_all
 
 # Formats compute in bfloat16 at the coarsest: 8 bits of mantissa, summed over the inputs.
 COARSE = 3e-2
@@ -26,16 +26,16 @@ def check_weight(cls: type) -> None:
 
 def check_shape(cls: type) -> None:
     """``dense()`` has the logical shape and finite values."""
-    weight, _ = made(cls)
-    require(isinstance(weight, StoredWeight), cls, "is not a StoredWeight")
+    weight = _made(cls)
     dense = weight.dense()
-    require(tuple(dense.shape) == tuple(weight.shape), cls, f"dense() has shape {tuple(dense.shape)}, not {weight.shape}")
+    shape = tuple(dense.shape)
+    require(shape == tuple(weight.shape), cls, f"dense() has shape {shape}, not {weight.shape}")
     require(bool(dense.isfinite().all()), cls, "dense() is not finite")
 
 
 def check_products(cls: type) -> None:
     """``matmul(x)`` is ``x @ dense().T`` for vectors, batches, empty and non-contiguous inputs."""
-    weight, _ = made(cls)
+    weight = _made(cls)
     dense = weight.dense().float().detach()
     if dense.ndim != 2:
         return
@@ -50,7 +50,7 @@ def check_products(cls: type) -> None:
 
 def check_rows(cls: type) -> None:
     """``rows(ids)`` is ``dense()[ids]``."""
-    weight, _ = made(cls)
+    weight = _made(cls)
     dense = weight.dense().detach()
     if dense.ndim != 2:
         return
@@ -60,10 +60,17 @@ def check_rows(cls: type) -> None:
 
 def check_bytes(cls: type) -> None:
     """``nbytes`` counts every stored tensor once."""
-    weight, _ = made(cls)
+    weight = _made(cls)
     require(weight.nbytes == unique_bytes(weight), cls, f"nbytes is {weight.nbytes}, stored are {unique_bytes(weight)}")
     tensors = {t.data_ptr(): t.numel() * t.element_size() for t in weight.state_dict().values()}
     require(weight.nbytes == sum(tensors.values()), cls, "nbytes is not the sum over the state dict")
+
+
+def _made(cls: type) -> StoredWeight:
+    weight, _ = made(cls)
+    if not isinstance(weight, StoredWeight):
+        raise ConformanceError(f"{cls.__name__}: is not a StoredWeight")
+    return weight
 
 
 CHECKS = {

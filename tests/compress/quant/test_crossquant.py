@@ -1,4 +1,4 @@
-"""CrossQuant as a method: fusion and folding only where they are exact, tuned exponents, refusals, the outlier claim."""
+"""CrossQuant as a method: exact fusion and folding, tuned exponents, refusals, the outlier claim."""
 
 import pytest
 import torch

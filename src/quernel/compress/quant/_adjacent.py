@@ -56,14 +56,9 @@ def scalable_producers(model: nn.Module, context: Context, linears: Iterable[str
     def scaled(chosen: Mapping[str, tuple[str, ...]]) -> list[Any]:
         handles = []
         for producer, consumers in chosen.items():
-            up, down = _powers_of_two(known[consumers[0]].in_features)  # type: ignore[arg-type]
-            handles.append(known[producer].register_forward_hook(_then(lambda y, up=up: y * up.to(y))))  # type: ignore[misc]
-            for consumer in consumers:
-                handles.append(
-                    known[consumer].register_forward_pre_hook(
-                        lambda module, args, down=down: (args[0] * down.to(args[0]), *args[1:])  # type: ignore[misc]
-                    )
-                )
+            up, down = _powers_of_two(known[consumers[0]].get_parameter("weight").shape[1])
+            handles.append(known[producer].register_forward_hook(_then(_times(up))))
+            handles += [known[consumer].register_forward_pre_hook(_first_times(down)) for consumer in consumers]
         return handles
 
     return _proven(model, context, groups, scaled)
@@ -98,10 +93,11 @@ def can_scale(module: nn.Module) -> bool:
 
 def scale_producer(module: nn.Module, factor: Tensor) -> None:
     """Multiply a producer's output channels by ``factor`` through its weight and bias."""
+    weight, bias = module.get_parameter("weight"), dict(module.named_parameters(recurse=False)).get("bias")
     with torch.no_grad():
-        module.weight.mul_(factor if module.weight.ndim == 1 else factor[:, None])  # type: ignore[union-attr, operator]
-        if getattr(module, "bias", None) is not None:
-            module.bias.mul_(factor)  # type: ignore[union-attr, operator]
+        weight.mul_(factor if weight.ndim == 1 else factor[:, None])
+        if bias is not None:
+            bias.mul_(factor)
 
 
 def readers_of(model: nn.Module, context: Context, producers: list[str], readers: list[str]) -> dict[str, list[str]]:
@@ -180,6 +176,14 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _then(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda module, args, output: function(output)
+
+
+def _times(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda y: y * factor.to(y)
+
+
+def _first_times(factor: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda module, args: (args[0] * factor.to(args[0]), *args[1:])
 
 
 def _powers_of_two(n: int) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ class QuantizedLinears(Method):
         folds = self._fold(model, context, decisions, stats) if self.mode == "fold" and decisions else {}
         absorbed = self._fuse(model, context, decisions) if self.fuse and decisions else ()
         for name, decision in decisions.items():
-            extra = {"folded": decision.folded} if self.mode == "fold" else {}
+            extra: dict[str, Scalar] = {"folded": decision.folded} if self.mode == "fold" else {}
             extra |= {"activation": decision.activation} if decision.activation else {}
             old = layers[name]
             layers[name] = LayerPlan(name, old.action, details={**old.details, **extra})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quernel._registry import register
 from quernel.compress._method import LayerPlan, PerModuleMethod
@@ -55,6 +55,8 @@ class WeightInt8(PerModuleMethod):
     def decide(self, name: str, module: nn.Module, stats: Any) -> LayerPlan:
         """Take every module whose rows are long enough for a scale to pay."""
         weight = module.weight
+        if not isinstance(weight, Tensor):
+            return LayerPlan(name, "skip", "its weight is not a tensor")
         if not bool(weight.isfinite().all()):
             return LayerPlan(name, "skip", "its weight holds NaN or infinity")
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -65,7 +67,7 @@ class WeightInt8(PerModuleMethod):
 
     def convert(self, module: nn.Module, stats: Any, layer: LayerPlan) -> nn.Module:
         """Quantise the weight and keep bias and geometry."""
-        weight = Int8Weight.from_dense(module.weight)
+        weight = Int8Weight.from_dense(module.get_parameter("weight"))
         if isinstance(module, nn.Conv2d):
             return StoredConv2d.like(module, weight)
         if isinstance(module, nn.Embedding):

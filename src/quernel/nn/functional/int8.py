@@ -116,8 +116,8 @@ def apply_int8_linear(
 ) -> Tensor:
     """``int8_linear`` for layers that checked their options when they were built; ``alpha=None`` is "tight"."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _StraightThrough.apply(x, codes, scale, bias, inverse, levels, alpha, activation)  # type: ignore[no-any-return, no-untyped-call]
-    return _op(x, codes, scale, bias, inverse, levels, alpha, activation)  # type: ignore[no-any-return]
+        return _StraightThrough.apply(x, codes, scale, bias, inverse, levels, alpha, activation)  # type: ignore[no-untyped-call]
+    return _op(x, codes, scale, bias, inverse, levels, alpha, activation)
 
 
 def _compute(
@@ -214,7 +214,8 @@ def _check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, inverse
             f"in_features must be at most {MAX_FEATURES}, or int32 sums of products could overflow; "
             f"got {in_features}. Split the layer along its inputs and add the parts"
         )
-    for name, vector, size in (("scale", scale, out_features), ("bias", bias, out_features), ("inverse", inverse, in_features)):
+    for name, vector in (("scale", scale), ("bias", bias), ("inverse", inverse)):
+        size = in_features if name == "inverse" else out_features
         if vector is not None and (vector.ndim != 1 or vector.shape[0] != size or vector.dtype not in FLOATS):
             raise QuernelError(
                 f"{name} must be floating of shape ({size},) to fit codes of shape {tuple(codes.shape)}; "
@@ -251,11 +252,20 @@ def _zeros(size: int) -> Any:
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
-    if activation is None:
-        return y
-    if activation == "gelu_tanh":
-        return F.gelu(y, approximate="tanh")
-    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](y)
+    if activation == "relu":
+        return F.relu(y)
+    if activation == "silu":
+        return F.silu(y)
+    return y if activation is None else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _activate_backward(g: Tensor, y: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return g * (y > 0)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(g, y)
+    form = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(g, y, approximate=form)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -267,7 +277,7 @@ class _StraightThrough(torch.autograd.Function):
         # Only an activation needs to know where it was evaluated.
         ctx.save_for_backward(None if options[-1] is None else x, codes, scale, bias, inverse)
         ctx.options, ctx.dtype = options, x.dtype
-        return _op(*arguments)  # type: ignore[no-any-return]
+        return _op(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -275,10 +285,9 @@ class _StraightThrough(torch.autograd.Function):
         levels, alpha, activation = ctx.options
         g = grads[0].float()
         if activation is not None:
-            with torch.enable_grad():
-                before = _op(x.float(), codes, scale, bias, inverse, levels, alpha, None).detach().requires_grad_()
-                (g,) = torch.autograd.grad(_activate(before, activation), before, g)
-        bias_grad = g.flatten(0, -2).sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
+            before = _op(x.float(), codes, scale, bias, inverse, levels, alpha, None)
+            g = _activate_backward(g, before, activation)
+        bias_grad = g.reshape(-1, g.shape[-1]).sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
         x_grad = (g * scale) @ codes.float()
         x_grad = x_grad if inverse is None else x_grad * inverse
         return x_grad.to(ctx.dtype), None, None, bias_grad, None, None, None, None
@@ -300,3 +309,15 @@ _op = torch.ops.quernel.int8_linear.default
 def _fake(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, inverse: Tensor | None, *_: Any) -> Tensor:
     _check(x, codes, scale, bias, inverse)
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _warmup() -> None:
+    """Compile the passes of every dtype, scale rule and activation; ``quernel warmup`` calls it."""
+    codes, scale = torch.ones(16, 16, dtype=torch.int8), torch.ones(16)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(1, 16, dtype=dtype)
+        for inverse in (None, scale):
+            for alpha in (None, 1.0):
+                _compute(x, codes, scale, None, inverse, 127, alpha, None)
+        for activation in ACTIVATIONS:
+            _compute(x, codes, scale, None, None, 127, None, activation)

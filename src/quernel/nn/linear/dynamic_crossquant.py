@@ -99,6 +99,4 @@ class DynamicCrossQuantLinear(StoredLinear):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build an empty layer from ``config()``."""
-        return cls(
-            *cls._parts(config), alpha=config["alpha"], abits=config["abits"], activation=config["activation"]
-        )
+        return cls(*cls._parts(config), alpha=config["alpha"], abits=config["abits"], activation=config["activation"])

@@ -21,7 +21,7 @@ def unique_bytes(module: nn.Module) -> int:
             size = tensor.numel() * tensor.element_size()
             # A view of a part is stored as its own elements, so the key holds the extent as well as the place.
             place = id(tensor) if tensor.is_meta else tensor.data_ptr()
-            seen[(place, tensor.storage_offset(), size)] = size
+            seen[(place, int(tensor.storage_offset()), size)] = size
     return sum(seen.values())
 
 

@@ -25,9 +25,7 @@ def _example() -> dict[str, Any]:
     }
 
 
-@register(
-    "cast", pillar="nn", contract="weight", paper=None, status="stable", headline=False, example=_example
-)
+@register("cast", pillar="nn", contract="weight", paper=None, status="stable", headline=False, example=_example)
 class DenseWeight(StoredWeight):
     """A dense weight stored in ``bfloat16``, ``float16``, ``float32`` or ``float64``.
 
