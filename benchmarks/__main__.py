@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import _runner
 from benchmarks._runner import Row, Settings
+from quernel._machine import processor_name
 
 EXIT_FAILED, EXIT_VOID = 1, 4
 
@@ -77,16 +78,7 @@ def write_results(slug: str, rows: Sequence[Row], folder: Path) -> Path:
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
     packages = {name: version(name) for name in ("torch", "numba", "numpy")}
-    return {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version(), **packages}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version(), **packages}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -39,7 +39,7 @@ def claims(slug: str) -> str:
     """Every measured claim of one system."""
     found = [claim for claim in read_claims() if claim.slug == slug]
     if not found:
-        return "No claim is recorded for this system; it stands here as a baseline for the others.\n"
+        return "No claim is recorded for this system.\n"
     commands = sorted({claim.command for claim in found})
     return _claims_table(found) + "\nMeasured with " + ", ".join(f"`{c}`" for c in commands) + ".\n"
 

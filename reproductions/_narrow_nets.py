@@ -104,7 +104,7 @@ def narrowed(model: nn.Module, how: str, kept: float, example: Tensor, seed: int
         if how == "magnitude":
             space.alive[np.argsort(-np.abs(rows).sum(axis=1), kind="stable")[left:]] = False
         else:
-            labels = KMeans(left, n_init=1, random_state=seed).fit(rows).labels_
+            labels = KMeans(left, n_init=1, max_iter=30, random_state=seed).fit(rows).labels_
             for label in range(left):
                 first, *others = np.flatnonzero(labels == label).tolist()
                 for other in others:

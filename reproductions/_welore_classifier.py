@@ -26,7 +26,7 @@ from quernel.models import MiniLM
 from quernel.nn.weights import LowRankWeight
 from quernel.train import low_rank_only
 
-STEPS, BATCH, LENGTH = 200, 16, 32
+STEPS, BATCH, LENGTH = 200, 16, 24
 TUNING_STEPS, TUNING_SEED, RATES = 50, 99, (1e-4, 3e-4)
 PROBE_STEPS, TIMED_ROUNDS = 5, 10
 WARM_UP = 20

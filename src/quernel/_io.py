@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quernel._attached import check_attached, copy_attached, remove_attached
 from quernel._errors import FormatError, QuernelError
 
 if TYPE_CHECKING:
@@ -28,16 +29,29 @@ CONFIG = "config.json"
 KEY = "quernel"
 PLAIN = "model.safetensors"
 OWN_FILE = re.compile(r"model(-[0-9a-f]{16})?\.safetensors")
+# In the header of our tensor files: tells what a killed save left from somebody else's weights.
+MARK = {"format": "pt", "writer": "quernel"}
+# What makes a folder somebody's model; saving over it would mix two models or delete one.
+FOREIGN_MODEL = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "modules.json",
+)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What ``read_folder`` found: the object's own JSON, its tensors, and the foreign keys beside them."""
+    """What ``read_folder`` found: the object's own JSON, its tensors, foreign keys beside them, attached files."""
 
     path: Path
     content: dict[str, Any]
     tensors: dict[str, Tensor]
     foreign: dict[str, Any]
+    files: Path | None = None
 
 
 def digest_of(value: Any) -> str:
@@ -80,6 +94,7 @@ def write_folder(
     content: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     foreign: Mapping[str, Any] | None = None,
+    files: Mapping[str, Path] | None = None,
 ) -> Path:
     """Commit an object to a folder.
 
@@ -93,32 +108,45 @@ def write_folder(
         Tensors that are the same view of the same storage are stored once.
     foreign : mapping, optional
         Top-level keys of ``config.json`` for other libraries; default keeps those already there.
+    files : mapping of str to Path, optional
+        Files to copy into the folder under these names (a tokenizer's).
 
     Returns
     -------
     path : Path
+
+    Raises
+    ------
+    QuernelError
+        If the folder holds a model that Quernel did not save, or ``content`` is not JSON.
     """
     import safetensors.torch
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     before = _existing_config(folder)
-    if before and KEY not in before and (folder / PLAIN).exists():
-        raise QuernelError(f"path: {folder} holds a model that Quernel did not save; choose another folder")
+    theirs = [] if KEY in before else _foreign_weights(folder)
+    if theirs:
+        raise QuernelError(
+            f"path: {folder} holds a model that Quernel did not save ({', '.join(theirs[:3])}); choose another folder"
+        )
+    described = _as_json(content, "content")
+    rest = {k: v for k, v in before.items() if k != KEY} if foreign is None else _as_json(foreign, "foreign")
     kept, aliases = _without_aliases(tensors)
-    data = safetensors.torch.save(kept, metadata={"format": "pt"})
+    data = safetensors.torch.save(kept, metadata=MARK)
     sha = hashlib.sha256(data).hexdigest()
-    # Without our key nothing refers to a plain file: at most a save that was killed before its commit left one.
+    # Without our key a plain file is at most what a save that was killed before its commit left.
     name = f"model-{sha[:16]}.safetensors" if KEY in before else PLAIN
     if not ((folder / name).exists() and file_sha256(folder / name) == sha):
         write_atomically(folder / name, data)
     subtree: dict[str, Any] = {
         "format": FORMAT_VERSION,
-        "content": dict(content),
+        "content": described,
         "tensors": {"file": name, "sha256": sha, "aliases": aliases},
     }
+    if files:
+        subtree["files"] = copy_attached(folder, files, write_atomically)
     subtree["digest"] = digest_of(subtree)
-    rest = {k: v for k, v in before.items() if k != KEY} if foreign is None else dict(foreign)
     document = json.dumps(rest | {KEY: subtree}, indent=2, sort_keys=True) + "\n"
     write_atomically(folder / CONFIG, document.encode())
     # Ours are the plain file and digest names, also those of a save that was killed before its commit.
@@ -126,6 +154,7 @@ def write_folder(
     for file in ours if before else []:
         if file.name != name:
             file.unlink()
+    remove_attached(folder, keep=subtree["files"]["folder"] if files else None)
     return folder
 
 
@@ -156,8 +185,9 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         if not isinstance(subtree.get(field), kind):
             raise FormatError(f"{config}: field 'quernel.{field}' must be an object; got {subtree.get(field)!r}")
     tensors = _read_tensors(folder, config, subtree["tensors"])
+    files = check_attached(folder, subtree["files"], config) if "files" in subtree else None
     foreign = {k: v for k, v in document.items() if k != KEY}
-    return Folder(folder, subtree["content"], tensors, foreign)
+    return Folder(folder, subtree["content"], tensors, foreign, files)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -187,7 +217,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_tensors(folder: Path, config: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
     name, sha, aliases = entry.get("file"), entry.get("sha256"), entry.get("aliases")
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
         raise FormatError(f"{config}: field 'quernel.tensors.file' must be a plain file name; got {name!r}")
     file = folder / name
     if not file.is_file():
@@ -197,10 +227,13 @@ def _read_tensors(folder: Path, config: Path, entry: dict[str, Any]) -> dict[str
     tensors = read_safetensors(file)
     if not isinstance(aliases, dict):
         raise FormatError(f"{config}: field 'quernel.tensors.aliases' must be an object; got {aliases!r}")
+    stored = dict(tensors)
     for alias, target in aliases.items():
-        if target not in tensors:
+        if alias in stored:
+            raise FormatError(f"{config}: field 'quernel.tensors.aliases.{alias}' names a tensor that is stored itself")
+        if not isinstance(target, str) or target not in stored:
             raise FormatError(f"{config}: field 'quernel.tensors.aliases.{alias}' names an absent tensor {target!r}")
-        tensors[alias] = tensors[target]
+        tensors[alias] = stored[target]
     return tensors
 
 
@@ -221,6 +254,30 @@ def _without_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
             # clone() where storage is shared: safetensors refuses overlapping tensors.
             kept[name] = tensor.cpu().contiguous().clone()
     return kept, aliases
+
+
+def _as_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    # What a reader will see: an integer key becomes a string, and that changes the order the digest sorts in.
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(value)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise QuernelError(f"{what} must be JSON: mappings, lists, strings, numbers, None; {error}") from error
+    return plain
+
+
+def _foreign_weights(folder: Path) -> list[str]:
+    found = sorted({file.name for pattern in FOREIGN_MODEL for file in folder.glob(pattern)})
+    return [name for name in found if not (OWN_FILE.fullmatch(name) and _is_marked(folder / name))]
+
+
+def _is_marked(file: Path) -> bool:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {}) == MARK
+    except (safetensors.SafetensorError, OSError):
+        return False
 
 
 def _existing_config(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from quernel._module_tree import (
     assign_tensors,
     cast_unsaved_buffers,
     changed_modules,
-    is_registered,
+    describes_itself,
+    fitting,
     meta_leftovers,
     parameters_on_meta,
     signature,
@@ -27,6 +28,7 @@ from quernel._module_tree import (
     unsaved_buffer_dtypes,
 )
 from quernel._registry import resolve_class
+from quernel._transformers import harmless_attention, harmless_config
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module] | None = None) -> Any:
@@ -38,7 +40,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
         Folder written by ``Result.save`` or an object's ``save``.
     model : nn.Module or callable, optional
         The uncompressed architecture, or a function that builds it; needed only where the folder cannot
-        name it (your own class). Its weights are replaced.
+        name it: your own class, and any class of another library than transformers, such as
+        ``SentenceTransformer``. Its weights are replaced.
 
     Returns
     -------
@@ -49,6 +52,13 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
     ------
     FormatError
         If anything in the folder is missing, damaged, foreign, or does not fit the architecture.
+    QuernelError
+        If the folder cannot name its architecture and ``model`` is not given.
+
+    Notes
+    -----
+    A ``SentenceTransformer`` that you compress and save needs ``model=`` here. To have a folder that loads
+    by itself, open the model with ``quernel.models.resolve(folder)``: it gives a ``SentenceEncoder``.
 
     Examples
     --------
@@ -67,12 +77,13 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
             raise FormatError(
                 f"{file}: field 'quernel.content.class' names {cls.__name__}, which is not saved on its own"
             )
-        return cls.from_folder(folder.content, folder.tensors)
+        with fitting(file, "quernel.content"):
+            return cls.from_folder(folder.content, folder.tensors)
     architecture, modules = folder.content.get("architecture"), folder.content.get("modules")
     if not isinstance(architecture, dict) or not isinstance(modules, dict):
         raise FormatError(f"{file}: fields 'quernel.content.architecture' and '.modules' must be objects")
     with parameters_on_meta():
-        built = _given(model) if model is not None else build_architecture(architecture, folder.path, folder.foreign)
+        built = _given(model) if model is not None else build_architecture(architecture, folder.path, folder.files)
         swap_modules(built, modules, file=file)
         cast_unsaved_buffers(built, folder.content.get("buffer_dtypes"), file=file)
     assign_tensors(built, folder.tensors, file=file)
@@ -91,13 +102,14 @@ def save_model(
     ----------
     model : nn.Module
         Possibly compressed. Its class decides whether the folder alone can rebuild it: classes of
-        ``quernel.models``, transformers and sentence-transformers models can.
+        ``quernel.models`` and of transformers can. A class may define ``portable() -> (config, files)`` and
+        ``from_portable(config, folder)`` where files travel with it.
     path : path
         Folder to create or to replace.
     extra : mapping, optional
         JSON-able notes kept beside the model (the recipe).
     """
-    architecture = describe_architecture(model)
+    architecture, files = describe_architecture(model)
     original = _signature_of(architecture, model)
     content = {
         "kind": "model",
@@ -107,31 +119,45 @@ def save_model(
         "buffer_dtypes": unsaved_buffer_dtypes(model),
         "extra": dict(extra or {}),
     }
-    return write_folder(path, content, dict(model.state_dict()), _foreign_keys(model, architecture))
+    return write_folder(path, content, dict(model.state_dict()), _foreign_keys(architecture), files)
 
 
-def describe_architecture(model: nn.Module) -> dict[str, Any]:
-    """Return how a folder names the uncompressed architecture of ``model``."""
+def describe_architecture(model: nn.Module) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Return how a folder names the uncompressed architecture of ``model``, and the files that belong to it."""
     root = type(model).__module__.partition(".")[0]
-    if is_registered(model):
+    if describes_itself(model):
         described: Any = model
-        return {"library": "quernel", "class": type(model).__name__, "config": described.config()}
+        config, files = described.portable() if hasattr(model, "portable") else (described.config(), {})
+        return {"library": "quernel", "class": type(model).__name__, "config": config}, files
     if root == "transformers" and hasattr(model, "config"):
         # to_dict() drops non-JSON values; the digest needs plain JSON.
         settings: Any = model.config
-        return {"library": "transformers", "class": type(model).__name__, "config": settings.to_dict()}
-    return {"library": None, "class": f"{type(model).__module__}.{type(model).__qualname__}", "config": {}}
+        attention = harmless_attention(getattr(settings, "_attn_implementation", None))
+        config = harmless_config(settings.to_dict())
+        return {
+            "library": "transformers",
+            "class": type(model).__name__,
+            "config": config,
+            "attention": attention,
+        }, {}
+    return {"library": None, "class": f"{type(model).__module__}.{type(model).__qualname__}", "config": {}}, {}
 
 
-def build_architecture(architecture: Mapping[str, Any], path: Path, foreign: Mapping[str, Any]) -> nn.Module:
+def build_architecture(architecture: Mapping[str, Any], path: Path, files: Path | None = None) -> nn.Module:
     """Build the model that ``describe_architecture`` named; call within ``parameters_on_meta``."""
     library, name, config = architecture.get("library"), architecture.get("class"), architecture.get("config")
     file = str(path / CONFIG)
+    field = "quernel.content.architecture"
+    if "library" not in architecture or library not in (None, "quernel", "transformers"):
+        raise FormatError(f"{file}: field '{field}.library' must be quernel, transformers or null; got {library!r}")
+    if library in ("quernel", "transformers") and not isinstance(config, dict):
+        raise FormatError(f"{file}: field '{field}.config' must be an object; got {config!r}")
     if library == "quernel":
-        cls = resolve_class(name, file=file, field="quernel.content.architecture.class")
-        model = cls.from_config(config)  # type: ignore[attr-defined]
+        cls: Any = resolve_class(name, file=file, field=f"{field}.class")
+        with fitting(file, f"{field}.config"):
+            model = cls.from_portable(config, files) if hasattr(cls, "from_portable") else cls.from_config(config)
     elif library == "transformers":
-        model = _transformers_model(str(name), dict(config or {}), file)
+        model = _transformers_model(str(name), config, architecture.get("attention"), file)
     else:
         raise QuernelError(
             f"{path} holds a model of class {name!r}, which Quernel cannot build by itself. "
@@ -142,25 +168,22 @@ def build_architecture(architecture: Mapping[str, Any], path: Path, foreign: Map
     return model
 
 
-def _transformers_model(name: str, config: dict[str, Any], file: str) -> nn.Module:
+def _transformers_model(name: str, config: Mapping[str, Any], attention: Any, file: str) -> nn.Module:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise MissingExtraError(f"loading a transformers model ({name})", "hf") from error
-    cls = getattr(transformers, name, None)
+    with fitting(file, "quernel.content.architecture.class"):
+        cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise FormatError(
             f"{file}: field 'quernel.content.architecture.class' names {name!r}, not a transformers model"
         )
-    try:
-        settings = transformers.AutoConfig.for_model(**config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise FormatError(
-            f"{file}: field 'quernel.content.architecture.config' is no transformers config ({error})"
-        ) from error
-    # from_config and not cls(settings): it applies the attention implementation; trust_remote_code stays off.
     builder: Any = cls
-    model: nn.Module = builder._from_config(settings)
+    # from_config and not cls(settings): it applies the attention; no remote code, no kernel of a hub.
+    with fitting(file, "quernel.content.architecture.config"):
+        settings = transformers.AutoConfig.for_model(**harmless_config(config))
+        model: nn.Module = builder._from_config(settings, attn_implementation=harmless_attention(attention))
     return model
 
 
@@ -168,10 +191,10 @@ def _signature_of(architecture: Mapping[str, Any], model: nn.Module) -> Any:
     if architecture["library"] is None:
         return None
     with parameters_on_meta():
-        return signature(build_architecture(architecture, Path(), {}))
+        return signature(build_architecture(architecture, Path()))
 
 
-def _foreign_keys(model: nn.Module, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
+def _foreign_keys(architecture: Mapping[str, Any]) -> dict[str, Any] | None:
     if architecture["library"] != "transformers":
         return None
     settings: dict[str, Any] = architecture["config"]

@@ -2,12 +2,14 @@
 
 Saving compares the model with the architecture it came from (``signature``) and writes down only what
 differs. Loading builds the architecture with parameters on ``meta``, swaps those modules, and assigns
-the tensors: no method runs again, and no factory named in a file is imported.
+the tensors: no method runs again, and no factory named in a file is imported. How torch's plain layers
+are written down is in ``_plain_layers``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -15,26 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from quernel._errors import FormatError
+from quernel._errors import FormatError, MissingExtraError
+from quernel._plain_layers import build_layer, describe_layer, is_plain_layer
 from quernel._registry import resolve_class
-
-# Layers of torch that surgery narrows: class name -> the attributes its constructor takes.
-_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-TORCH_LAYERS: dict[str, tuple[str, ...]] = {
-    "BatchNorm1d": ("num_features", "eps", "momentum", "affine", "track_running_stats"),
-    "BatchNorm2d": ("num_features", "eps", "momentum", "affine", "track_running_stats"),
-    "BatchNorm3d": ("num_features", "eps", "momentum", "affine", "track_running_stats"),
-    "Conv1d": _CONV,
-    "Conv2d": _CONV,
-    "Conv3d": _CONV,
-    "Embedding": ("num_embeddings", "embedding_dim", "padding_idx"),
-    "Identity": (),
-    "Linear": ("in_features", "out_features"),
-}
-_BIASED = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 
 Signature = dict[str, tuple[str, str]]
 _registration_lock = threading.Lock()
+# Contracts of modules that a method puts in: a file describes them whole. A model is an architecture of its own.
+_INSERTED = ("module", "weight")
 
 
 def signature(model: nn.Module) -> Signature:
@@ -66,7 +56,7 @@ def changed_modules(model: nn.Module, original: Signature | None) -> dict[str, d
         before = None if original is None else original.get(name)
         if is_registered(module):
             inside = name
-        elif type(module) is getattr(nn, type(module).__name__, None) and type(module).__name__ in TORCH_LAYERS:
+        elif is_plain_layer(module):
             if before == (kind, arguments):
                 continue
         elif original is None or (before is not None and before[0] == kind):
@@ -78,29 +68,78 @@ def changed_modules(model: nn.Module, original: Signature | None) -> dict[str, d
     return described
 
 
-def is_registered(module: nn.Module) -> bool:
-    """Say whether the class itself (not a base of it) is in the catalogue and can describe itself."""
+def describes_itself(module: nn.Module) -> bool:
+    """Say whether the class itself (not a base of it) is in the catalogue and has a ``config``."""
     return "_quernel_slug" in type(module).__dict__ and hasattr(module, "config")
 
 
+def is_registered(module: nn.Module) -> bool:
+    """Say whether this is a module that a method puts into a model and that describes itself, not a model."""
+    return describes_itself(module) and type(module).__dict__["_quernel_contract"] in _INSERTED
+
+
+@contextlib.contextmanager
+def fitting(file: str, field: str) -> Iterator[None]:
+    """Within, an error over a file's values becomes a ``FormatError`` that names the file and the field."""
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except Exception as error:
+        # Constructors of other libraries raise classes of their own over a value that they cannot use.
+        raise FormatError(f"{file}: field {field!r} does not fit: {type(error).__name__}: {error}") from error
+
+
 def swap_modules(model: nn.Module, modules: Mapping[str, Any], *, file: str) -> None:
-    """Put the described modules into ``model``; every class comes from the allow-list."""
+    """Put the described modules into ``model``; every class comes from the allow-list.
+
+    A plain layer that is already what its description says stays, with whatever no description mentions.
+    """
+    left_alone: set[nn.Module] = set()
+    aliases: dict[str, str] = {}
     for name, description in modules.items():
         field = f"quernel.content.modules.{name}"
-        if not isinstance(description, dict):
-            raise FormatError(f"{file}: field {field!r} must be an object; got {description!r}")
-        parent, _, child = name.rpartition(".")
-        try:
-            holder = model.get_submodule(parent)
-            holder.get_submodule(child)
-            new = (
-                model.get_submodule(description["alias"])
-                if "alias" in description
-                else _build(description, file, field)
-            )
-        except (AttributeError, KeyError, TypeError, IndexError, RuntimeError) as error:
-            raise FormatError(f"{file}: field {field!r} does not fit this architecture ({error})") from error
-        setattr(holder, child, new)
+        _check_description(name, description, modules, f"{file}: field {field!r}")
+        if "alias" in description:
+            aliases[name] = description["alias"]
+            continue
+        with fitting(file, field):
+            holder, child, old = _place(model, name)
+        new = _build(description, file, field)
+        if is_plain_layer(old) and _same(old, new) and old not in left_alone:
+            left_alone.add(old)
+        else:
+            setattr(holder, child, new)
+    # Last, because JSON sorts "10" before "2" and an alias must see the new module.
+    for name, target in aliases.items():
+        with fitting(file, f"quernel.content.modules.{name}"):
+            holder, child, _ = _place(model, name)
+            setattr(holder, child, model.get_submodule(target))
+
+
+def _check_description(name: str, description: Any, modules: Mapping[str, Any], where: str) -> None:
+    if not isinstance(description, dict):
+        raise FormatError(f"{where} must be an object; got {description!r}")
+    parts = name.split(".")
+    outer = [".".join(parts[:k]) for k in range(1, len(parts))]
+    if not all(parts) or any(place in modules for place in outer):
+        raise FormatError(f"{where} must name a module that is not within another described one")
+    if "alias" in description:
+        target = description["alias"]
+        if not isinstance(target, str) or not isinstance(modules.get(target), dict) or "alias" in modules[target]:
+            raise FormatError(f"{where} is an alias of {target!r}, which is not described")
+    elif not isinstance(description.get("config"), dict):
+        raise FormatError(f"{where} must have an object 'config'; got {description.get('config')!r}")
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
+    parent, _, child = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    return holder, child, holder.get_submodule(child)
+
+
+def _same(a: nn.Module, b: nn.Module) -> bool:
+    return type(a) is type(b) and a.extra_repr() == b.extra_repr()
 
 
 @contextlib.contextmanager
@@ -128,7 +167,7 @@ def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, file: str
     Raises
     ------
     FormatError
-        Naming the first tensors that are missing, unexpected or of another shape.
+        Naming the first tensors that are missing, unexpected or of another shape or kind of numbers.
     """
     expected = model.state_dict(keep_vars=True)
     problems = [f"{name} is missing" for name in expected if name not in tensors]
@@ -137,6 +176,11 @@ def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, file: str
         f"{name} has shape {tuple(tensors[name].shape)}, the model expects {tuple(own.shape)}"
         for name, own in expected.items()
         if name in tensors and tuple(own.shape) != tuple(tensors[name].shape)
+    ]
+    problems += [
+        f"{name} has dtype {tensors[name].dtype}, the model expects {own.dtype}"
+        for name, own in expected.items()
+        if name in tensors and not _exchangeable(own.dtype, tensors[name].dtype)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -156,28 +200,40 @@ def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, file: str
     model.load_state_dict(state, assign=True)
 
 
+def _exchangeable(a: torch.dtype, b: torch.dtype) -> bool:
+    # A model may be saved in half precision; codes, indices and masks have one meaning in one dtype only.
+    return a == b or (a.is_floating_point and b.is_floating_point)
+
+
 def _description(module: nn.Module) -> dict[str, Any]:
     if is_registered(module):
         return {"class": type(module).__name__, "config": module.config()}  # type: ignore[operator]
-    name = type(module).__name__
-    config = {field: getattr(module, field) for field in TORCH_LAYERS[name]}
-    if name in _BIASED:
-        config["bias"] = module.bias is not None
-    return {"class": f"torch.{name}", "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}}
+    return describe_layer(module)
 
 
 def _build(description: dict[str, Any], file: str, field: str) -> nn.Module:
-    name, config = description["class"], description["config"]
+    name, config = description.get("class"), description["config"]
     if isinstance(name, str) and name.startswith("torch."):
-        layer = name.removeprefix("torch.")
-        allowed = (*TORCH_LAYERS.get(layer, ()), *(("bias",) if layer in _BIASED else ()))
-        if layer not in TORCH_LAYERS or set(config) - set(allowed):
-            raise FormatError(f"{file}: field {field!r} names {name!r} with {sorted(config)}, which is not allowed")
-        return getattr(nn, layer)(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-    module = resolve_class(name, file=file, field=f"{field}.class").from_config(config)  # type: ignore[attr-defined]
+        with fitting(file, field):
+            return build_layer(name, config)
+    cls: Any = resolve_class(name, file=file, field=f"{field}.class")
+    with fitting(file, f"{field}.config"):
+        module = cls.from_config(config)
+        kept = json.loads(json.dumps(module.config()))
     if not isinstance(module, nn.Module):
         raise FormatError(f"{file}: field {field!r} names {name!r}, which is not a module")
+    if not _agrees(config, kept):
+        raise FormatError(f"{file}: field '{field}.config' is {config}, of which {name} understands {kept}")
     return module
+
+
+def _agrees(asked: Any, got: Any) -> bool:
+    # ``got`` may have fields that a newer version added; what the file says must all be there.
+    if isinstance(asked, dict) and isinstance(got, dict):
+        return all(key in got and _agrees(value, got[key]) for key, value in asked.items())
+    if isinstance(asked, list) and isinstance(got, list):
+        return len(asked) == len(got) and all(map(_agrees, asked, got))
+    return bool(asked == got)
 
 
 def unsaved_buffer_dtypes(model: nn.Module) -> dict[str, str]:
@@ -193,16 +249,19 @@ def unsaved_buffer_dtypes(model: nn.Module) -> dict[str, str]:
 def cast_unsaved_buffers(model: nn.Module, dtypes: Any, *, file: str) -> None:
     """Give the buffers of ``unsaved_buffer_dtypes`` the dtype they had when the model was saved."""
     field = "quernel.content.buffer_dtypes"
-    if not isinstance(dtypes, dict) or not all(
-        isinstance(getattr(torch, str(d), None), torch.dtype) for d in dtypes.values()
-    ):
-        raise FormatError(f"{file}: field {field!r} must map buffer names to dtypes; got {dtypes!r}")
+    if not isinstance(dtypes, dict) or not all(map(_is_float_name, dtypes.values())):
+        raise FormatError(f"{file}: field {field!r} must map buffer names to floating dtypes; got {dtypes!r}")
     buffers = dict(model.named_buffers())
     for name, dtype in dtypes.items():
         if name not in buffers:
             raise FormatError(f"{file}: field {field!r} names {name!r}, which this architecture does not have")
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, buffers[name].to(getattr(torch, dtype)))
+
+
+def _is_float_name(name: Any) -> bool:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def meta_leftovers(model: nn.Module) -> list[str]:

@@ -74,6 +74,7 @@ def register(
 
     def enter(cls: Registered) -> Registered:
         cls._quernel_slug = slug  # type: ignore[attr-defined]
+        cls._quernel_contract = contract  # type: ignore[attr-defined]
         cls._quernel_example = staticmethod(example) if example is not None else None  # type: ignore[attr-defined]
         return cls
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import quernel
-from quernel._errors import QuernelError
-from quernel.compress import Cast, Context, LayerPlan, Plan, WeightInt8, compress
+from quernel._errors import FormatError, QuernelError
+from quernel._machine import processor_name
+from quernel.compress import Cast, Context, LayerPlan, Plan, WeightInt8, compress, methods_from_recipe
 from quernel.compress._compress import ordered
 from quernel.compress._context import observe_inputs, run_batch
 from quernel.compress._method import Method, PerModuleMethod
@@ -230,3 +231,115 @@ def test_tied_weights_stay_tied_and_are_stored_once(method, tmp_path):
     back = quernel.load(result.save(tmp_path), model=TiedHead)
     assert torch.equal(back(ids), result.model(ids))
     assert unique_bytes(back) == result.report.bytes_after
+
+
+def test_fused_attention_is_skipped_with_its_reason_and_the_result_runs():
+    x = torch.linspace(-1, 1, 48).reshape(2, 3, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    result = compress(model, WeightInt8(), data=[x])
+    rows = {layer.name: layer for layer in result.report.layers}
+    assert rows["0"].action == "int8 weight" and result.model(x).shape == x.shape
+    for name in ("1.linear1", "1.linear2", "1.self_attn.out_proj"):
+        assert rows[name].action == "skip" and "fused attention" in rows[name].reason
+
+
+class Breaking(PerModuleMethod):
+    stage = "quantise"
+
+    def convert(self, module, stats, layer):
+        return nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(("inplace", "harm"), [(False, "original is unharmed"), (True, "edited in place")])
+def test_a_result_that_cannot_run_is_refused_by_name(inplace, harm):
+    model = net()
+    with pytest.raises(QuernelError, match=f"no longer runs after Breaking.*{harm}"):
+        compress(model, Breaking(), example_inputs=X, inplace=inplace)
+    assert (model[0].in_features == 16) is not inplace
+
+
+def test_example_inputs_go_in_whole():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 4)
+            self.seen = []
+
+        def forward(self, x, scale=None):
+            self.seen.append(scale is not None)
+            return self.linear(x)
+
+    model = Scaled()
+    compress(model, WeightInt8(), example_inputs=(X, torch.ones(1)))
+    assert model.seen and all(model.seen)
+
+
+def test_keyword_calls_have_their_error_measured():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(16, 4))
+
+        def forward(self, x):
+            return self.inner(input=x)
+
+    class Whole(PerModuleMethod):
+        stage = "quantise"
+        targets = (nn.Sequential,)
+
+        def convert(self, module, stats, layer):
+            return nn.Sequential(nn.Linear(16, 4))
+
+        def apply(self, model, plan):
+            model.inner = self.convert(model.inner, None, plan.layers[0])
+
+    assert compress(Keywords().eval(), Whole(), data=[X]).report.layers[0].relative_error > 0
+
+
+def test_dry_run_has_nothing_to_save(tmp_path):
+    result = compress(net(), WeightInt8(), dry_run=True)
+    with pytest.raises(QuernelError, match="nothing was applied"):
+        result.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_recipe_gives_its_methods_back():
+    methods = [WeightInt8(), Cast("float16")]
+    result = compress(net(), methods, data=[X])
+    assert methods_from_recipe(json.loads(json.dumps(result.recipe))) == methods
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"version": 99}, "version"),
+        ({"version": None}, "version"),
+        ({"config": {"no": 1}}, "config"),
+        ({"config": 3}, "object"),
+    ],
+)
+def test_recipes_of_another_time_are_refused(change, word):
+    with pytest.raises(FormatError, match=word):
+        methods_from_recipe({"methods": [Cast().describe() | change]})
+
+
+def test_recipe_without_methods_is_refused():
+    with pytest.raises(FormatError, match="'methods'"):
+        methods_from_recipe({})
+
+
+def test_simulated_methods_are_announced():
+    class Simulated(WeightInt8):
+        simulated = True
+
+    assert any("Simulated is simulated" in w for w in compress(net(), Simulated()).report.warnings)
+    assert not any("simulated" in w for w in compress(net(), WeightInt8()).report.warnings)
+
+
+def test_generators_are_refused_at_the_door():
+    with pytest.raises(QuernelError, match="list or a loader"):
+        compress(net(), WeightInt8(), data=(x for x in [X]))
+
+
+def test_report_names_the_processor():
+    assert compress(net(), WeightInt8()).report.environment["processor"] == processor_name()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -259,6 +260,13 @@ def test_mode_and_weights_are_as_before() -> None:
     channel_groups(net, IMAGE)
     assert [m.training for m in net] == [True, False, True, True]
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
+def test_threads_may_trace_at_once() -> None:
+    nets = [nn.Sequential(conv(3, n), nn.ReLU(), conv(n, 2)) for n in range(3, 11)]
+    with ThreadPoolExecutor(4) as pool:
+        sizes = list(pool.map(lambda net: [g.size for g in channel_groups(net, IMAGE)], nets))
+    assert sizes == [[n] for n in range(3, 11)]
 
 
 def test_forward_takes_batches_of_another_kind() -> None:

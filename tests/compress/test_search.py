@@ -1,8 +1,10 @@
 """The budget search: the front, the choice, resuming, executors, budgets that cannot be met."""
 
 import json
+import math
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from quernel._errors import FormatError, QuernelError
 from quernel.compress import Budget, Cast, Method, WeightInt8, search
 from quernel.compress._menu import Point, combinations, front
+from quernel.compress._trial import Trial, data_digest
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
@@ -76,7 +79,8 @@ def test_one_metric_for_both_splits_is_said():
 
 def test_combinations_use_each_stage_once_and_only_front_points():
     points = [Point((Cast(),), 50, 0.9), Point((WeightInt8(),), 25, 0.8), Point((Cast("float16"),), 60, 0.7)]
-    assert [len(c) for c in combinations(points, [p.candidate for p in points])] == [2]
+    whole = Point((), 100, 1.0)
+    assert [len(c) for c in combinations(points, [p.candidate for p in points], whole)] == [2]
     assert [p.bytes for p in front(points)] == [25, 50]
 
 
@@ -155,3 +159,139 @@ def test_search_result_saves_its_trials(tmp_path):
     result = run(Budget(bytes=0.6))
     result.save(tmp_path)
     assert len(json.loads((tmp_path / "report.json").read_text())["trials"]) == len(result.report.trials)
+
+
+def test_latency_without_anything_to_time_is_refused():
+    with pytest.raises(QuernelError, match="nothing to time"):
+        run(Budget(latency_ms=5.0), data=None)
+
+
+def test_what_was_not_timed_does_not_satisfy_a_latency_budget():
+    assert Budget(latency_ms=5.0).excess(Trial((), 10, 1.0), Trial((), 10, 1.0)) == float("inf")
+
+
+def test_transient_failure_is_listed_and_not_stored(tmp_path):
+    class Flaky(Counter):
+        def __call__(self, model):
+            if self.calls == 1:
+                self.calls += 1
+                raise OSError("disk away")
+            return super().__call__(model)
+
+    first = run(Budget(drop=0.5), evaluate=(Flaky(), closeness), resume=tmp_path)
+    assert [t.label for t in first.trials if "OSError" in t.reason] == ["Cast"]
+    again = run(Budget(drop=0.5), evaluate=(Counter(), closeness), resume=tmp_path)
+    assert all(t.ok for t in again.trials if len(t.candidate) == 1)
+
+
+class Crashing(WeightInt8):
+    def plan(self, model, context):
+        raise RuntimeError("kernel fell over")
+
+
+def test_a_crashing_candidate_costs_only_itself(tmp_path):
+    result = run(Budget(drop=0.5), methods=[Crashing(), Cast()], resume=tmp_path)
+    assert [t.reason for t in result.trials if not t.ok] == ["RuntimeError: kernel fell over"]
+    assert result.chosen == (Cast(),)
+    assert len(list((tmp_path / "trials").iterdir())) == 1
+
+
+def test_simulated_candidates_are_refused():
+    class Simulated(WeightInt8):
+        simulated = True
+
+    result = run(Budget(drop=0.5), methods=[Simulated(), Cast()])
+    assert [t.reason for t in result.trials if not t.ok] == ["simulated: no time is won"]
+
+
+def test_arrays_count_with_all_their_values():
+    a = np.zeros(5000)
+    b = a.copy()
+    b[2500] = 1.0  # repr leaves the middle out
+    assert data_digest([a]) == data_digest([a.copy()]) != data_digest([b])
+    assert data_digest([a]) != data_digest([a.reshape(50, 100)]) != data_digest([a.astype(np.float32)])
+    assert data_digest([np.array(["x", None], dtype=object)]) != data_digest([np.array(["y", None], dtype=object)])
+    assert data_digest([[1], 2]) != data_digest([[1, 2]])
+
+
+def plain(model, batch):
+    return model(batch)
+
+
+def doubled(model, batch):
+    return model(2 * batch)
+
+
+def test_another_forward_finds_no_stored_trials(tmp_path):
+    run(Budget(drop=0.5), resume=tmp_path, forward=plain)
+    count = len(list((tmp_path / "trials").iterdir()))
+    run(Budget(drop=0.5), resume=tmp_path, forward=doubled)
+    assert len(list((tmp_path / "trials").iterdir())) == 2 * count
+
+
+def test_anything_with_submit_runs_the_trials():
+    class Reference:
+        def __init__(self, value):
+            self.value = value
+
+        def result(self):
+            return self.value
+
+    class RayLike:
+        def __init__(self):
+            self.calls = 0
+
+        def submit(self, fn, *args):
+            self.calls += 1
+            return Reference(fn(*args))
+
+    pool = RayLike()
+    assert run(Budget(bytes=0.6), executor=pool).chosen == run(Budget(bytes=0.6)).chosen
+    assert pool.calls == 3
+
+
+def test_an_executor_that_fails_costs_only_that_trial():
+    class Reference:
+        def __init__(self, fn, args):
+            self.fn, self.args = fn, args
+
+        def result(self):
+            if isinstance(self.args[1][0], WeightInt8):
+                raise RuntimeError("worker died")
+            return self.fn(*self.args)
+
+    class Pool:
+        def submit(self, fn, *args):
+            return Reference(fn, args)
+
+    result = run(Budget(drop=0.5), executor=Pool())
+    assert "RuntimeError: worker died" in {t.reason for t in result.trials} and result.chosen == (Cast(),)
+
+
+def stage_point(stage, index, size, metric):
+    method = type(f"{stage}{index}", (Method,), {"stage": stage})()
+    return Point((method,), size, metric)
+
+
+def test_combinations_are_few_and_the_best_by_prediction():
+    stages = ("prune", "lowrank", "smooth", "quantise", "cast")
+    points = [
+        stage_point(s, i, 20 + 5 * k + i, 0.90 + 0.004 * (5 * k + i)) for k, s in enumerate(stages) for i in range(5)
+    ]
+    whole = Point((), 100, 1.0)
+    tried = [p.candidate for p in points]
+    everything = combinations(points, tried, whole, most=10_000)
+    assert len(everything) > 500 and len(combinations(points, tried, whole)) == 12
+    assert combinations(points, tried, whole) == everything[:12]
+    part = {p.candidate[0]: p for p in points}
+
+    def predicted(candidate):
+        return math.prod(part[m].bytes / 100 for m in candidate), sum(1.0 - part[m].metric for m in candidate)
+
+    assert [predicted(c)[0] for c in everything] == sorted(predicted(c)[0] for c in everything)
+    careful = combinations(points, tried, whole, drop=0.1, most=10_000)
+    assert careful == [c for c in everything if predicted(c)[1] <= 0.1] != []
+
+
+def test_number_of_combinations_is_the_users_choice():
+    assert all(len(t.candidate) == 1 for t in run(Budget(drop=0.5), max_combinations=0).trials)

@@ -16,7 +16,8 @@ from quernel import data, models
 from quernel._errors import DataError, QuernelError
 from quernel.data import Images, Text
 from quernel.models import DigitsCNN, ResNet20, SentenceEncoder, TinyLM, _image_tasks
-from quernel.models._task import Accuracy, Fidelity, evaluating
+from quernel.models._task import Accuracy, Fidelity
+from quernel.nn._running import evaluating
 
 
 class Labels(nn.Module):

@@ -68,3 +68,9 @@ def test_share_bar_never_leaves_its_box() -> None:
     assert share_bar(None) is None
     assert 'width="25"' in share_bar(0.25)
     assert 'width="200"' not in share_bar(2.0)
+
+
+def test_a_known_front_is_drawn_as_it_is() -> None:
+    points = [Point(10, 0.5, "a", "a"), Point(20, 0.4, "b", "b")]
+    marks = [e.attrib["class"] for e in ET.fromstring(pareto_plot(points, FRAME, points[1:])).iter("g")]
+    assert [m for m in marks if m.startswith("mark")] == ["mark behind", "mark on-front"]

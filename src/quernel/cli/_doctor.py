@@ -8,6 +8,7 @@ import platform
 import re
 from typing import Any
 
+from quernel._machine import processor_name
 from quernel.cli._output import Json, console, emit, table
 
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)")
@@ -51,7 +52,7 @@ def _processor() -> dict[str, Any]:
     missing = sorted(_intrinsics.VECTOR_FEATURES - _intrinsics.target_features())
     why = "QUERNEL_PORTABLE=1" if forced else f"no {', '.join(missing)}"
     return {
-        "name": _name(),
+        "name": processor_name(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
         "torch capability": torch.backends.cpu.get_cpu_capability(),
@@ -98,14 +99,6 @@ def _installed(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _has_bfloat16() -> bool:

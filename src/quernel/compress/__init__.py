@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = attach(
         "compress": "._compress",
         "feature_complexity": ".prune._complexity",
         "graph": ".graph",
+        "methods_from_recipe": "._method",
         "quantization_kernel": "quernel.nn.functional.activation_quant",
         "search": "._search",
     },

@@ -10,7 +10,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import nn
 from quernel import __version__
 from quernel._errors import QuernelError
 from quernel._load import save_model
-from quernel.compress._context import Context, Forward, Progress
+from quernel.compress._context import OPAQUE, Context, Forward, Progress, is_below, opaque_parents
 from quernel.compress._measure import (
     Evaluate,
+    check_runs,
     checked_metric,
     environment,
     layer_errors,
@@ -36,11 +37,16 @@ Finetune = Callable[[nn.Module], Any]
 
 @dataclass(frozen=True)
 class Result:
-    """What ``compress`` returns: the new model, the report, and the recipe that made it."""
+    """What ``compress`` returns: the new model, the report, and the recipe that made it.
+
+    ``recipe`` is JSON-able; ``methods_from_recipe(recipe)`` gives its methods back, for another model.
+    ``applied`` is False for a dry run, whose model is the original.
+    """
 
     model: nn.Module
     report: Report
     recipe: dict[str, Any]
+    applied: bool = field(default=True, kw_only=True)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Save the model, its recipe and its report to a folder that ``quernel.load`` reads.
@@ -53,7 +59,14 @@ class Result:
         Returns
         -------
         path : Path
+
+        Raises
+        ------
+        QuernelError
+            If this is a dry run.
         """
+        if not self.applied:
+            raise QuernelError("this is a dry run: nothing was applied, so there is nothing to save; drop dry_run=True")
         folder = save_model(self.model, path, extra={"recipe": self.recipe})
         self.report.save_json(folder / "report.json")
         self.report.save_html(folder / "report.html")
@@ -84,8 +97,9 @@ def compress(
     method : Method or sequence of Method
         A list is applied in natural order: fold, prune, low-rank, smooth, quantise, cast.
     data : re-iterable of batches, optional
-        A mapping is passed as keywords, a tuple as positions, a tensor alone. Labels never reach the model.
-        An ``attention_mask`` keeps padding out of the statistics.
+        A mapping is passed as keywords without "label" and "labels", a tensor alone. A tuple fills the
+        parameters of ``model.forward`` that have no default; what is beyond them is dropped as labels.
+        A mapping's ``attention_mask`` keeps padding out of the statistics. No generators: data is read often.
     example_inputs : tensor, tuple or mapping, optional
         For methods that trace the model, and for latency; default is the first batch.
     evaluate : callable, optional
@@ -102,7 +116,7 @@ def compress(
     progress : callable, optional
         ``progress(message, fraction)``.
     inplace : bool, default=False
-        Edit ``model`` itself and save the memory of a copy.
+        Edit ``model`` itself and save the memory of a copy. After an error it may be half converted.
 
     Returns
     -------
@@ -112,8 +126,8 @@ def compress(
     Raises
     ------
     QuernelError
-        If a method lacks what it needs, nothing can be compressed, or ``evaluate`` fails. The original
-        model is unharmed.
+        If a method lacks what it needs, nothing can be compressed, the result does not run on the first
+        batch, or ``evaluate`` fails. The original model is unharmed, unless ``inplace=True``.
 
     Examples
     --------
@@ -133,6 +147,9 @@ def compress(
     sizes = {name: unique_bytes(m) for name, m in model.named_modules() if name}
     work = model if inplace else copy.deepcopy(model)
     made = run_methods(work, methods, context, dry_run=dry_run)
+    harm = "it was edited in place" if inplace else "the original is unharmed"
+    if not dry_run:
+        check_runs(work, context, f"{' + '.join(m.label for m in methods)} ({harm})")
     if finetune is not None and not dry_run:
         finetune(work)
     reference = None if inplace else model
@@ -150,7 +167,7 @@ def compress(
         metric_before=metric_before,
         metric_after=None
         if evaluate is None or dry_run
-        else checked_metric(evaluate, work, "the compressed model; the original is unharmed"),
+        else checked_metric(evaluate, work, f"the compressed model; {harm}"),
         layers=_layer_reports(model if reference is not None else work, work, made.layers, sizes, errors),
         warnings=(
             *(("dry run: nothing was applied",) if dry_run else ()),
@@ -167,7 +184,7 @@ def compress(
         "include": list(include),
         "exclude": list(exclude),
     }
-    return Result(model if dry_run else work, report, recipe)
+    return Result(model if dry_run else work, report, recipe, applied=not dry_run)
 
 
 @dataclass(frozen=True)
@@ -197,18 +214,19 @@ def check_needs(model: nn.Module, methods: Sequence[Method], context: Context, f
     """Raise before any work if the model is no module or a method lacks what it needs."""
     if not isinstance(model, nn.Module):
         raise QuernelError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    have = {
-        "data": context.data is not None,
-        "graph": context.data is not None or context.example_inputs is not None,
-        "finetune": finetune is not None,
-    }
+    have = available(context, finetune)
     remedy = {"data": "data=", "graph": "example_inputs= (or data=)", "finetune": "finetune="}
     for m in methods:
         for need in sorted(m.needs & NEEDS):
-            if not have[need]:
+            if need not in have:
                 raise QuernelError(f"{type(m).__name__} needs {need}; pass {remedy[need]}")
     if context.data is not None:
         next(context.batches())
+
+
+def available(context: Context, finetune: Finetune | None) -> frozenset[str]:
+    """Return which of the methods' needs are met."""
+    return context.have | (frozenset() if finetune is None else {"finetune"})
 
 
 def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *, dry_run: bool = False) -> Made:
@@ -218,7 +236,10 @@ def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *
     summary: dict[str, Any] = {}
     touched: dict[str, bool] = {}
     idle = []
+    opaque = _opaque_layers(model, methods, context)
     for i, m in enumerate(methods):
+        if m.simulated:
+            warnings.append(f"{m.label} is simulated: the values are right, but no time is won")
         plan = m.plan(model, context)
         if not (dry_run and i == len(methods) - 1):
             m.apply(model, plan)
@@ -230,6 +251,7 @@ def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *
             layers[layer.name] = _merged(layers.get(layer.name), layer)
             if not layer.skipped:
                 touched[layer.name] = touched.get(layer.name, True) and m.keeps_shapes
+    layers = {layer.name: layer for layer in opaque} | layers
     if not layers:
         names = " or ".join(sorted({t.__name__ for m in methods for t in m.targets})) or "module"
         raise QuernelError(
@@ -241,6 +263,17 @@ def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *
         warnings.append(f"nothing was changed{f': {reasons}' if reasons else ''}")
     comparable = tuple(name for name, same in touched.items() if same)
     return Made(layers, comparable, tuple(idle), tuple(warnings), summary)
+
+
+def _opaque_layers(model: nn.Module, methods: Sequence[Method], context: Context) -> list[LayerPlan]:
+    """List what the methods would take, were it not read past its forward."""
+    targets = tuple({t for m in methods for t in m.targets})
+    parents = opaque_parents(model)
+    return [
+        LayerPlan(name, "skip", OPAQUE)
+        for name, module in model.named_modules()
+        if isinstance(module, targets) and is_below(name, parents) and context.allows(name)
+    ]
 
 
 def metric_name(evaluate: Evaluate) -> str:

@@ -5,7 +5,6 @@ Labels never reach the model, padding never reaches the statistics, and every mo
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,8 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel.nn._running import device_of, to_device
+from quernel.nn._running import evaluating as evaluating  # methods take it from here
 
 LABELS = ("label", "labels")
+
+# Their eval forward hands the children's raw weights to one fused call, so a replaced child breaks it.
+FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+OPAQUE = "torch's fused attention path reads its raw weight"
 
 Batch = Any
 Forward = Callable[[nn.Module, Batch], Any]
@@ -31,10 +36,10 @@ class Context:
     Parameters
     ----------
     data : re-iterable of batches, optional
-        A mapping is passed as keywords, a tuple or list as positions, a tensor alone; labels never reach
-        the model. Anything else goes through ``forward``.
-    example_inputs : tuple, optional
-        Positional inputs for tracing; default is the first batch.
+        A mapping is passed as keywords without "label" and "labels", a tuple or list as positions as far as
+        the model requires them (see ``run_batch``), a tensor alone. Anything else goes through ``forward``.
+    example_inputs : tensor, tuple or mapping, optional
+        Inputs for tracing and for latency, a tuple in whole; default is the first batch.
     forward : callable, optional
         ``forward(model, batch)``.
     include, exclude : sequences of str
@@ -51,8 +56,16 @@ class Context:
     progress: Progress | None = None
 
     def selected(self, model: nn.Module, targets: tuple[type[nn.Module], ...]) -> list[tuple[str, nn.Module]]:
-        """Return the modules of exactly these types that the patterns allow, shared ones once."""
-        return [(name, m) for name, m in model.named_modules() if name and type(m) in targets and self.allows(name)]
+        """Return the modules of exactly these types that the patterns allow, shared ones once.
+
+        What torch's fused attention reads past ``forward`` is left out: see ``opaque_parents``.
+        """
+        opaque = opaque_parents(model)
+        return [
+            (name, m)
+            for name, m in model.named_modules()
+            if name and type(m) in targets and not is_below(name, opaque) and self.allows(name)
+        ]
 
     def allows(self, name: str) -> bool:
         """Say whether ``include`` and ``exclude`` let a method touch this module."""
@@ -60,16 +73,26 @@ class Context:
             return False
         return not any(_matches(name, pattern) for pattern in self.exclude)
 
+    @property
+    def have(self) -> frozenset[str]:
+        """Which of a method's needs the context meets: data, graph."""
+        traceable = self.data is not None or self.example_inputs is not None
+        return frozenset(n for n, there in (("data", self.data is not None), ("graph", traceable)) if there)
+
     def batches(self) -> Iterator[Batch]:
         """Iterate over the data from its beginning; refuse an empty or absent set."""
         if self.data is None:
             raise QuernelError("data is needed by this method; pass data=, a list or loader of batches")
+        if iter(self.data) is self.data:
+            raise QuernelError(
+                f"data must be readable more than once; got a {type(self.data).__name__}. Pass a list or a loader"
+            )
         count = 0
         for batch in self.data:
             count += 1
             yield batch
         if count == 0:
-            raise QuernelError("data is empty; pass at least one batch (a generator can be read only once: use a list)")
+            raise QuernelError("data is empty; pass at least one batch")
 
     def run_batch(self, model: nn.Module, batch: Batch) -> Any:
         """Run one batch through the model, on the model's device."""
@@ -108,24 +131,13 @@ class Context:
             self.progress(message, fraction)
 
 
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode for a while; each module gets its own mode back."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def run_batch(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
     """Run one batch: mapping -> ``model(**b)``, tuple or list -> ``model(*b)``, tensor -> ``model(b)``.
 
-    Labels never reach the model: the keys "label" and "labels" are dropped, and so are positions beyond
-    those that ``model.forward`` takes (a loader's ``(x, y)`` becomes ``model(x)``).
+    Of a mapping, the keys "label" and "labels" are dropped. Nothing marks the labels of a tuple, so it fills
+    the parameters of ``model.forward`` that have no default (at least one) and the rest is dropped: ``(x, y)``
+    becomes ``model(x)`` for ``forward(x)`` and for ``forward(x, mask=None)`` alike. A model that takes
+    ``*args`` gets all entries. Where this is not what is meant, use mappings or ``forward=``.
     """
     batch = to_device(batch, device_of(model))
     if forward is not None:
@@ -135,35 +147,34 @@ def run_batch(model: nn.Module, batch: Batch, forward: Forward | None = None) ->
     if isinstance(batch, Mapping):
         return model(**{key: value for key, value in batch.items() if key not in LABELS})
     if isinstance(batch, tuple | list):
-        return model(*batch[: _positions(model)])
+        return model(*batch[: _required(model)])
     raise QuernelError(
         f"data must yield tensors, tuples or mappings of tensors; got {type(batch).__name__}. "
         "Pass forward=lambda model, batch: ... to say how a batch is run"
     )
 
 
-def _positions(model: nn.Module) -> int | None:
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
+def _required(model: nn.Module) -> int | None:
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
         return None
-    return sum(k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters))
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first tensor, or the CPU."""
-    tensor = next(iter((*model.parameters(), *model.buffers())), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+def opaque_parents(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules whose children must stay as they are; the root's name is "".
+
+    ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` pass their children's weights to one fused
+    call in eval mode and never call the children, so whatever replaces one of these makes the model fail.
+    Subclasses count where they keep torch's ``forward``. ``is_below`` tells who is a child.
+    """
+    return tuple(name for name, m in model.named_modules() if any(type(m).forward is kind.forward for kind in FUSED))
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move the tensors of a batch."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch) if type(batch) in (tuple, list) else batch
-    return batch
+def is_below(name: str, parents: Iterable[str]) -> bool:
+    """Say whether a module stands below one of ``parents``, at any depth."""
+    return any(name.startswith(f"{parent}." if parent else "") and name != parent for parent in parents)
 
 
 class Observer(Protocol):
@@ -186,15 +197,19 @@ def tied_elsewhere(model: nn.Module, weight: Tensor, holders: Iterable[nn.Module
 
 
 def observe_inputs(model: nn.Module, context: Context, observers: Mapping[str, Observer]) -> None:
-    """Run the data and feed each named module's first input to its observer, padding masked out."""
+    """Run the data and feed each named module's first input to its observer, padding masked out.
+
+    The mask of a (B, T) batch is used for inputs (B, T, C) and, flattened, for inputs (B*T, C).
+    """
     mask: list[Tensor | None] = [None]
 
-    def hook_for(name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
-            usable = mask[0] is not None and tuple(mask[0].shape) == tuple(x.shape[:-1])
+    def hook_for(name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if x is None:
+                raise QuernelError(f"{name!r} is called without a tensor, so its input cannot be observed")
             try:
-                observer.update(x, mask[0].to(x.device) if usable and mask[0] is not None else None)
+                observer.update(x.detach(), _fitting(mask[0], x))
             except QuernelError as error:
                 raise QuernelError(f"the inputs of {name!r} cannot be observed: {error}") from error
 
@@ -203,12 +218,22 @@ def observe_inputs(model: nn.Module, context: Context, observers: Mapping[str, O
     def see(batch: Batch) -> None:
         mask[0] = context.mask_of(batch)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name, o)) for name, o in observers.items()]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook_for(name, o), with_kwargs=True)
+        for name, o in observers.items()
+    ]
     try:
         context.run(model, see)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    rows = tuple(x.shape[:-1])
+    if mask is None or rows not in (tuple(mask.shape), (mask.numel(),)):
+        return None
+    return mask.reshape(rows).to(x.device)
 
 
 def _matches(name: str, pattern: str) -> bool:

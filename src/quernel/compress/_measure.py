@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from quernel import __version__
 from quernel._errors import QuernelError
+from quernel._machine import processor_name
 from quernel._module_tree import is_registered
 from quernel._timing import PairedRatio, paired_ratio
-from quernel.compress._context import Context, evaluating, run_batch
+from quernel.compress._context import Context, run_batch
+from quernel.nn._running import device_of, evaluating, to_device
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -42,12 +44,11 @@ def paired_latency(before: nn.Module, after: nn.Module, context: Context) -> Pai
     batch = timing_batch(context)
     if batch is None:
         return None
-    forward = context.forward
 
     def runner(model: nn.Module) -> Callable[[], Any]:
         def run() -> Any:
             with torch.inference_mode():
-                return run_batch(model, batch, forward)
+                return run_timing(model, batch, context)
 
         return run
 
@@ -62,6 +63,30 @@ def timing_batch(context: Context) -> Any:
     return None if context.data is None else next(context.batches())
 
 
+def run_timing(model: nn.Module, batch: Any, context: Context) -> Any:
+    """Run the batch that latency is measured on; example inputs hold no labels, so a tuple of them goes in whole."""
+    if batch is context.example_inputs and context.forward is None and isinstance(batch, tuple | list):
+        return model(*to_device(batch, device_of(model)))
+    return run_batch(model, batch, context.forward)
+
+
+def check_runs(model: nn.Module, context: Context, made_by: str) -> None:
+    """Run the batch that latency is measured on once; raise if the model that ``made_by`` left cannot."""
+    batch = timing_batch(context)
+    if batch is None:
+        return
+    try:
+        with evaluating(model), torch.no_grad():
+            run_timing(model, batch, context)
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # the machine's doing, not the method's
+        raise
+    except Exception as error:
+        raise QuernelError(
+            f"the model no longer runs after {made_by}: {type(error).__name__}: {error}. "
+            "Leave the module concerned out with exclude="
+        ) from error
+
+
 def layer_errors(before: nn.Module, after: nn.Module, names: Sequence[str], context: Context) -> dict[str, float]:
     """Feed each layer's original input to both layers: ``||y - y'|| / ||y||`` on the first batch.
 
@@ -73,10 +98,11 @@ def layer_errors(before: nn.Module, after: nn.Module, names: Sequence[str], cont
         return errors
     replaced = dict(after.named_modules())
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(output, Tensor) and output.is_floating_point() and name not in errors:
-                new = replaced[name](*_in_own_dtype(replaced[name], args))
+                keywords = dict(zip(kwargs, _in_own_dtype(replaced[name], tuple(kwargs.values())), strict=True))
+                new = replaced[name](*_in_own_dtype(replaced[name], args), **keywords)
                 difference, norm = (new.float() - output.float()).norm(), output.float().norm()
                 errors[name] = float(difference / norm) if float(norm) else float(difference)
 
@@ -84,11 +110,13 @@ def layer_errors(before: nn.Module, after: nn.Module, names: Sequence[str], cont
 
     known = dict(before.named_modules())
     handles = [
-        known[name].register_forward_hook(hook_for(name)) for name in names if name in known and name in replaced
+        known[name].register_forward_hook(hook_for(name), with_kwargs=True)
+        for name in names
+        if name in known and name in replaced
     ]
     try:
         with evaluating(before, after), torch.no_grad():
-            run_batch(before, batch, context.forward)
+            run_timing(before, batch, context)
     finally:
         for handle in handles:
             handle.remove()
@@ -109,7 +137,7 @@ def environment() -> dict[str, str | int]:
         "quernel": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }

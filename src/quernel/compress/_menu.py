@@ -2,12 +2,13 @@
 
 Singles come from ``Method.menu()`` of all methods in the catalogue whose needs are met. Pairs and
 triples join points of the front of what was measured, one method a stage, so a new method takes part
-by being registered.
+by being registered; only those that look best by their parts' numbers are run.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,19 +40,40 @@ def singles(methods: Iterable[Method | Sequence[Method]]) -> list[Candidate]:
     return [tuple(ordered(m)) for m in methods]
 
 
-def combinations(points: Sequence[Point], tried: Iterable[Candidate], largest: int = 3) -> list[Candidate]:
-    """Return unions of front points that use each stage once and have not been tried."""
+def combinations(
+    points: Sequence[Point],
+    tried: Iterable[Candidate],
+    whole: Point,
+    *,
+    drop: float | None = None,
+    largest: int = 3,
+    most: int = 12,
+) -> list[Candidate]:
+    """Return the most promising untried unions of front points that use each stage once, smallest first.
+
+    The prediction is plain: shares of the bytes multiply, losses of the metric add up. Unions predicted to
+    lose more than ``drop`` are left out, and of the others the ``most`` with the fewest bytes are taken.
+    """
     seen = {_names(c) for c in tried}
-    found = []
+    found: list[tuple[float, Candidate]] = []
+    best = front(points)
     for size in range(2, largest + 1):
-        for group in itertools.combinations(front(points), size):
+        for group in itertools.combinations(best, size):
             joined = [m for point in group for m in point.candidate]
             stages = [m.stage for m in joined]
             candidate = tuple(sorted(joined, key=lambda m: STAGES.index(m.stage)))
-            if len(set(stages)) == len(stages) and _names(candidate) not in seen:
-                seen.add(_names(candidate))
-                found.append(candidate)
-    return found
+            if len(set(stages)) < len(stages) or _names(candidate) in seen:
+                continue
+            seen.add(_names(candidate))
+            if drop is None or sum(_loss(point, whole) for point in group) <= drop:
+                found.append((math.prod(point.bytes / whole.bytes for point in group), candidate))
+    found.sort(key=lambda pair: pair[0])
+    return [candidate for _, candidate in found[:most]]
+
+
+def _loss(point: Point, whole: Point) -> float:
+    # A part that gains by chance promises nothing to the others.
+    return 0.0 if point.metric is None or whole.metric is None else max(0.0, whole.metric - point.metric)
 
 
 def front(points: Sequence[Point]) -> list[Point]:

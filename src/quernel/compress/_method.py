@@ -66,6 +66,11 @@ class Method:
         """Which of data, graph and finetune the method cannot work without."""
         return frozenset()
 
+    @property
+    def simulated(self) -> bool:
+        """Whether the result only imitates the arithmetic it stands for: right values, no time won."""
+        return False
+
     @classmethod
     def menu(cls) -> Sequence[Method]:
         """Return the configurations that a budget search should try on their own."""
@@ -109,7 +114,50 @@ def method_from_description(description: Mapping[str, Any], *, file: str = "reci
     cls = resolve_class(description.get("class"), file=file, field="class")
     if not issubclass(cls, Method):
         raise FormatError(f"{file}: field 'class' names {cls.__name__}, which is not a compression method")
-    return cls.from_config(description.get("config", {}))
+    version = description.get("version")
+    if type(version) is not int or not 1 <= version <= cls.format_version:
+        raise FormatError(
+            f"{file}: field 'version' of {cls.__name__} must be in [1, {cls.format_version}]; got {version!r}. "
+            "A newer Quernel may have written it"
+        )
+    config = description.get("config")
+    if not isinstance(config, Mapping):
+        raise FormatError(f"{file}: field 'config' of {cls.__name__} must be an object; got {type(config).__name__}")
+    try:
+        return cls.from_config(config)
+    except TypeError as error:
+        raise FormatError(f"{file}: field 'config' does not fit {cls.__name__}: {error}") from error
+
+
+def methods_from_recipe(recipe: Mapping[str, Any]) -> list[Method]:
+    """Return the methods of a recipe, ready to be applied to another model.
+
+    Parameters
+    ----------
+    recipe : mapping
+        ``Result.recipe``, or the same read back from JSON.
+
+    Returns
+    -------
+    methods : list of Method
+        In the order in which they were applied.
+
+    Raises
+    ------
+    FormatError
+        If the recipe is damaged, or names a class or a version that this Quernel does not know.
+
+    Examples
+    --------
+    >>> import torch, quernel
+    >>> result = quernel.compress.compress(torch.nn.Sequential(torch.nn.Linear(8, 4)), quernel.compress.Cast())
+    >>> quernel.compress.methods_from_recipe(result.recipe)
+    [Cast(dtype='bfloat16')]
+    """
+    descriptions = recipe.get("methods") if isinstance(recipe, Mapping) else None
+    if not isinstance(descriptions, list) or not all(isinstance(d, Mapping) for d in descriptions):
+        raise FormatError("recipe: field 'methods' must be a list of objects, as Result.recipe holds it")
+    return [method_from_description(description) for description in descriptions]
 
 
 class PerModuleMethod(Method):

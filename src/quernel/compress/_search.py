@@ -9,24 +9,40 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from quernel._errors import QuernelError
-from quernel._validate import check_float, check_type
-from quernel.compress._compress import Finetune, Result, check_needs, compress, metric_name
+from quernel._validate import check_float, check_int, check_type
+from quernel.compress._compress import Finetune, Result, available, check_needs, compress, metric_name
 from quernel.compress._context import Context, Forward, Progress
 from quernel.compress._measure import Evaluate, checked_metric
 from quernel.compress._menu import Candidate, Point, combinations, default_methods, front, singles
 from quernel.compress._method import Method
-from quernel.compress._trial import Trial, TrialStore, data_digest, run_trial, stored_bytes, weights_digest
+from quernel.compress._trial import (
+    Trial,
+    TrialStore,
+    data_digest,
+    failed,
+    name_of,
+    run_trial,
+    stored_bytes,
+    weights_digest,
+)
 from quernel.report import TrialReport
 
 Judges = Evaluate | tuple[Evaluate, Evaluate]
+
+
+class Executor(Protocol):
+    """What runs trials elsewhere: any ``concurrent.futures`` executor, or a thin wrapper over Ray."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Any:
+        """Start ``fn(*args)``; return an object whose ``result()`` waits for it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -84,14 +100,15 @@ class Budget:
             return float("inf")
         return self.bytes * full if isinstance(self.bytes, float) else float(self.bytes)
 
-    def excess(self, trial: Trial, full: Trial, speedup_reference_ms: float | None = None) -> float:
+    def excess(self, trial: Trial, full: Trial) -> float:
         """Return 0 where the trial is within the budget, else by how much it fails, relatively and summed."""
         over = max(0.0, trial.file_bytes / self.bytes_limit(full.file_bytes) - 1)
         if self.drop is not None and trial.metric is not None and full.metric is not None:
             lost = full.metric - trial.metric
             over += max(0.0, lost - self.drop) / max(self.drop, 1e-3 * abs(full.metric), 1e-12)
-        if self.latency_ms is not None and trial.latency_ms is not None:
-            over += max(0.0, trial.latency_ms / self.latency_ms - 1)
+        if self.latency_ms is not None:
+            # What could not be timed is not known to be within the budget.
+            over += float("inf") if trial.latency_ms is None else max(0.0, trial.latency_ms / self.latency_ms - 1)
         return over
 
 
@@ -122,6 +139,7 @@ def search(
     resume: str | os.PathLike[str] | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
+    max_combinations: int = 12,
 ) -> SearchResult:
     """Find the smallest model within a budget.
 
@@ -142,8 +160,14 @@ def search(
         and its judgement share their data.
     resume : path, optional
         Folder of finished trials, made if absent; the same model, data and methods find theirs again.
+        Trials that failed in ``evaluate`` or ``finetune``, or for want of memory or disk, are run again.
+        Of functions only the name is compared.
     executor : concurrent.futures.Executor, optional
-        Runs the trials. Latency is always timed here, one model at a time.
+        Runs the trials; anything with ``submit(fn, *args)`` whose return value has ``result()``.
+        Latency is always timed here, one model at a time.
+    max_combinations : int, default=12
+        How many pairs and triples of methods are tried after the single ones: those with the fewest
+        predicted bytes whose predicted drop is within the budget.
 
     Returns
     -------
@@ -152,7 +176,8 @@ def search(
     Raises
     ------
     QuernelError
-        If ``evaluate`` fails on the uncompressed model, or no candidate could be run.
+        If ``evaluate`` fails on the uncompressed model, no candidate could be run, or latency is limited
+        and there is nothing to time. A candidate that fails is a failed trial, not an error.
 
     Examples
     --------
@@ -165,6 +190,9 @@ def search(
     True
     """
     check_type("budget", budget, Budget)
+    check_int("max_combinations", max_combinations, low=0)
+    if budget.latency_ms is not None and data is None and example_inputs is None:
+        raise QuernelError("budget limits latency_ms, but there is nothing to time; pass example_inputs= or data=")
     start = time.perf_counter()
     select, judge, shared = _judges(evaluate)
     context = Context(data, example_inputs, forward, include, exclude)
@@ -176,7 +204,8 @@ def search(
         "example_inputs": data_digest([example_inputs]),
         # A function has no digest; what it says of the original model tells two data sets apart.
         "metric": [metric_name(select), full.metric],
-        "finetune": finetune is not None,
+        "finetune": name_of(finetune),
+        "forward": name_of(forward),
         "include": list(include),
         "exclude": list(exclude),
     }
@@ -184,8 +213,8 @@ def search(
     options = {"data": data, "example_inputs": example_inputs, "forward": forward, "finetune": finetune}
     options |= {"include": include, "exclude": exclude}
     runner = _Runner(model, select, options, store, executor, progress, budget, full)
-    runner.run(singles(default_methods(_have(context, finetune)) if methods is None else methods))
-    runner.run(runner.promising())
+    runner.run(singles(default_methods(available(context, finetune)) if methods is None else methods))
+    runner.run(runner.promising(max_combinations))
     done = [t for t in runner.trials if t.ok]
     if not done:
         reasons = "; ".join(sorted({t.reason for t in runner.trials})[:3])
@@ -233,24 +262,27 @@ class _Runner:
             if known is not None:
                 waiting.append((candidate, lambda known=known: known))  # type: ignore[misc]
             elif self.executor is None:
-                waiting.append((candidate, lambda c=candidate: self._one(c, timed=True)))  # type: ignore[misc]
+                waiting.append((candidate, lambda c=candidate: self._one(c)))  # type: ignore[misc]
             else:
-                future = self.executor.submit(run_trial, self.model, candidate, self.select, self.options, timed=False)
+                future = self.executor.submit(run_trial, self.model, candidate, self.select, self.options)
                 waiting.append((candidate, future.result))
         for i, (candidate, get) in enumerate(waiting):
             if self.progress is not None:
                 self.progress(" + ".join(m.label for m in candidate), i / len(waiting))
-            trial = get()
+            try:
+                trial = get()
+            except Exception as error:  # of the executor: a trial itself raises nothing
+                trial = failed(candidate, error)
             if not trial.key:  # a fresh one; known trials are on disk already
                 trial = replace(trial, key=self.store.key(candidate))
                 self.store.put(trial)
             self.trials.append(trial)
 
-    def promising(self) -> list[Candidate]:
-        """Return combinations whose parts each keep the metric within the budget on their own."""
-        keeping = [t for t in self.trials if t.ok and self._keeps_metric(t)]
-        points = [Point(t.candidate, t.file_bytes, t.metric) for t in keeping]
-        return combinations(points, [t.candidate for t in self.trials])
+    def promising(self, most: int) -> list[Candidate]:
+        """Return combinations that are predicted to keep the metric within the budget, smallest first."""
+        points = [Point(t.candidate, t.file_bytes, t.metric) for t in self.trials if t.ok and self._keeps_metric(t)]
+        whole = Point((), self.full.file_bytes, self.full.metric)
+        return combinations(points, [t.candidate for t in self.trials], whole, drop=self.budget.drop, most=most)
 
     def choose(self, done: Sequence[Trial]) -> Trial:
         """Return the trial with the fewest bytes within the budget, else the one least beyond it."""
@@ -263,11 +295,11 @@ class _Runner:
             return True
         return self.full.metric - trial.metric <= self.budget.drop
 
-    def _one(self, candidate: Candidate, *, timed: bool) -> Trial:
-        return run_trial(self.model, candidate, self.select, self.options, timed=timed)
+    def _one(self, candidate: Candidate) -> Trial:
+        return run_trial(self.model, candidate, self.select, self.options, timed=True)
 
     def _timed(self, trial: Trial) -> Trial:
-        timed = replace(trial, latency_ms=self._one(trial.candidate, timed=True).latency_ms)
+        timed = replace(trial, latency_ms=self._one(trial.candidate).latency_ms)
         self.trials[self.trials.index(trial)] = timed
         self.store.put(timed)
         return timed
@@ -281,12 +313,6 @@ def _judges(evaluate: Judges) -> tuple[Evaluate, Evaluate, bool]:
     if not callable(evaluate):
         raise QuernelError(f"evaluate must be a function or a pair of functions; got {type(evaluate).__name__}")
     return evaluate, evaluate, True
-
-
-def _have(context: Context, finetune: Finetune | None) -> frozenset[str]:
-    graph = context.data is not None or context.example_inputs is not None
-    pairs = {"data": context.data is not None, "graph": graph, "finetune": finetune is not None}
-    return frozenset(need for need, there in pairs.items() if there)
 
 
 def _compress_judged(model: nn.Module, chosen: Trial, judge: Evaluate, options: dict[str, Any]) -> Result:

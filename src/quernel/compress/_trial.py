@@ -2,11 +2,13 @@
 
 A trial is keyed by the digest of the weights, the methods with their settings, the data and the metric's
 name, so a resumed search finds exactly what it may reuse. Each trial is one JSON file, replaced atomically.
+Only what would come out the same again is stored: a full disk or an evaluation that failed is not.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import tempfile
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,9 +26,10 @@ from quernel._io import digest_of, write_atomically
 from quernel._load import save_model
 from quernel._timing import latency_ms
 from quernel.compress._compress import check_needs, run_methods
-from quernel.compress._context import Context, evaluating, run_batch
-from quernel.compress._measure import Evaluate, checked_metric, timing_batch
+from quernel.compress._context import Context
+from quernel.compress._measure import Evaluate, check_runs, checked_metric, run_timing, timing_batch
 from quernel.compress._method import Method
+from quernel.nn._running import evaluating
 
 TRIAL_VERSION = 1
 LATENCY_SECONDS = 1.5
@@ -33,7 +37,10 @@ LATENCY_SECONDS = 1.5
 
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate came to; ``metric`` is that of the selecting split."""
+    """What a candidate came to; ``metric`` is that of the selecting split.
+
+    ``lasting`` says that the outcome is the candidate's own, so that it may be stored and reused.
+    """
 
     candidate: tuple[Method, ...]
     file_bytes: int
@@ -41,6 +48,7 @@ class Trial:
     latency_ms: float | None = None
     reason: str = ""
     key: str = ""
+    lasting: bool = True
 
     @property
     def ok(self) -> bool:
@@ -87,8 +95,8 @@ class TrialStore:
             raise FormatError(f"{file}: not a finished trial ({error}); delete it to run the trial again") from error
 
     def put(self, trial: Trial) -> None:
-        """Write a trial down; a reader sees all of it or nothing."""
-        if self.folder is None:
+        """Write a trial down, if its outcome lasts; a reader sees all of it or nothing."""
+        if self.folder is None or not trial.lasting:
             return
         key = self.key(trial.candidate)
         fields: dict[str, Any] = {
@@ -102,24 +110,41 @@ class TrialStore:
 
 
 def run_trial(
-    model: nn.Module, candidate: tuple[Method, ...], select: Evaluate, options: Mapping[str, Any], *, timed: bool
+    model: nn.Module, candidate: tuple[Method, ...], select: Evaluate, options: Mapping[str, Any], timed: bool = False
 ) -> Trial:
-    """Compress a copy with ``candidate``, count its file bytes, judge it, and time it alone if asked."""
+    """Compress a copy with ``candidate``, count its file bytes, judge it, and time it alone if asked.
+
+    No candidate ends a search: whatever is raised becomes the reason of a failed trial.
+    """
     options = dict(options)
     finetune = options.pop("finetune", None)
     context = Context(**options)
-    work = copy.deepcopy(model)
+    if any(m.simulated for m in candidate):
+        return Trial(candidate, 0, reason="simulated: no time is won")
     try:
+        work = copy.deepcopy(model)
         check_needs(work, candidate, context, finetune)
         made = run_methods(work, candidate, context)
         if made.idle:
             return Trial(candidate, 0, reason=f"{', '.join(made.idle)} changes nothing here")
+        check_runs(work, context, " + ".join(m.label for m in candidate))
+    except QuernelError as error:
+        return Trial(candidate, 0, reason=str(error))
+    except Exception as error:
+        return failed(candidate, error)
+    try:
         if finetune is not None:
             finetune(work)
         metric = checked_metric(select, work, "this candidate")
-    except QuernelError as error:
-        return Trial(candidate, 0, reason=str(error))
-    return Trial(candidate, stored_bytes(work), metric, _alone(work, context) if timed else None)
+        return Trial(candidate, stored_bytes(work), metric, _alone(work, context) if timed else None)
+    except Exception as error:
+        return failed(candidate, error)
+
+
+def failed(candidate: tuple[Method, ...], error: Exception) -> Trial:
+    """Return a failed trial that another run may find in order."""
+    kind = "" if isinstance(error, QuernelError) else f"{type(error).__name__}: "
+    return Trial(candidate, 0, reason=f"{kind}{error}", lasting=False)
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -139,21 +164,40 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def data_digest(data: Iterable[Any] | None) -> str:
-    """Return a digest of all tensors in the batches."""
+    """Return a digest of all tensors, arrays and plain values in the batches.
+
+    Anything else counts by its ``repr``; the usual one, with its address, finds no stored trial again.
+    """
     digest = hashlib.sha256()
     for batch in data or ():
         _feed(digest, batch)
     return digest.hexdigest()
 
 
+def name_of(function: Any) -> str | None:
+    """Return the qualified name of a function, or of an object's class; None for None."""
+    if function is None:
+        return None
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode() + _bytes_of(value))
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        digest.update(f"{value.dtype.descr} {value.shape}".encode() + value.tobytes())
+    elif isinstance(value, np.ndarray):
+        _feed(digest, value.tolist())  # its bytes would be addresses
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _feed(digest, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     elif isinstance(value, Mapping):
+        digest.update(f"mapping {len(value)}".encode())
         for key in value:
             digest.update(str(key).encode())
             _feed(digest, value[key])
     elif isinstance(value, tuple | list):
+        digest.update(f"sequence {len(value)}".encode())
         for part in value:
             _feed(digest, part)
     else:
@@ -169,6 +213,4 @@ def _alone(model: nn.Module, context: Context) -> float | None:
     if batch is None:
         return None
     with evaluating(model), torch.inference_mode():
-        return latency_ms(
-            lambda: run_batch(model, batch, context.forward), samples=5, max_seconds=LATENCY_SECONDS
-        ).median_ms
+        return latency_ms(lambda: run_timing(model, batch, context), samples=5, max_seconds=LATENCY_SECONDS).median_ms

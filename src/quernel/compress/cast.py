@@ -1,12 +1,13 @@
 """Cast: store what is left in a smaller floating dtype; the honest baseline of every compression claim.
 
-On CPUs with bfloat16 units this is also fast: 3x float32 end to end on an encoder. Linear layers and
+On CPUs with bfloat16 units this is also fast: 3x float32 end to end on an encoder. Linear layers and 2-D
 convolutions compute in the dtype they store and take inputs of any dtype; every other floating parameter
 and buffer is cast in place, except in layer, group and batch norms and inside what another method put in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from quernel._module_tree import is_registered
 from quernel._registry import register
 from quernel._validate import check_choice
-from quernel.compress._context import Context
+from quernel.compress._context import Context, opaque_parents
 from quernel.compress._method import LayerPlan, Method, Plan
 from quernel.nn import StoredConv2d, StoredLinear, replace_module
 from quernel.nn.weights import DenseWeight
+from quernel.nn.weights._base import dtype_name
 from quernel.nn.weights.dense import DTYPES
 
 # These read half-precision inputs with float32 parameters and answer in the input's dtype; the other way round
@@ -73,33 +75,37 @@ class Cast(Method):
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """List every module that holds floating tensors of its own in another dtype."""
-        layers = []
+        layers, left_out = [], []
         inserted = None
+        fused = opaque_parents(model)
+        half = self.dtype in ("bfloat16", "float16")
         for name, module in model.named_modules():
             if inserted is not None and name.startswith(f"{inserted}."):
                 continue
             if name and is_registered(module):
                 inserted = name
-            elif context.allows(name) and self._casts(module):
-                keeps = isinstance(module, MIXED_NORMS) and self.dtype in ("bfloat16", "float16")
-                reason = "norms take both dtypes" if keeps else ""
-                layers.append(LayerPlan(name, "keep" if keeps else self.dtype, reason))
-        return Plan(tuple(layers))
+            elif not self._casts(module):
+                continue
+            elif not context.allows(name):
+                left_out.append(name)
+            elif half and isinstance(module, MIXED_NORMS) and not _inside(name, fused):
+                layers.append(LayerPlan(name, "keep", "norms take both dtypes"))
+            else:
+                layers.append(LayerPlan(name, self.dtype))
+        # Layers that the user left out keep their numbers, but must take what their neighbours now send.
+        adapted = tuple(n for n in left_out if _is_plain(model.get_submodule(n)) and not _inside(n, fused))
+        return Plan(tuple(layers), (adapted if layers else (), fused))
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
         """Replace linear layers and convolutions by stored ones, cast the others' tensors."""
-        for layer in plan.layers:
-            if layer.skipped:
-                continue
-            module = model.get_submodule(layer.name)
-            if type(module) is nn.Linear and layer.name:
-                weight = DenseWeight.over(module.weight, self.dtype)
-                replace_module(model, layer.name, StoredLinear(weight, _cast(module.bias, DTYPES[self.dtype])))
-            elif type(module) is nn.Conv2d and layer.name:
-                new = StoredConv2d.like(module, DenseWeight.over(module.weight, self.dtype))
-                new.bias = _cast(module.bias, DTYPES[self.dtype])
-                replace_module(model, layer.name, new)
+        adapted, fused = plan.payload
+        dtypes = dict.fromkeys(adapted) | {layer.name: self.dtype for layer in plan.layers if not layer.skipped}
+        for name, dtype in dtypes.items():
+            module = model.get_submodule(name)
+            if name and _is_plain(module) and not _inside(name, fused):
+                replace_module(model, name, _stored(module, dtype or dtype_name(module.get_parameter("weight").dtype)))
             else:
+                # As model.bfloat16() does: torch's fused attention needs all its tensors in one dtype.
                 self._cast_own(module)
 
     def _casts(self, module: nn.Module) -> bool:
@@ -116,5 +122,20 @@ class Cast(Method):
                 setattr(module, name, buffer.to(dtype))
 
 
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
-    return None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, nn.Conv2d)
+
+
+def _inside(name: str, parents: Collection[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def _stored(module: nn.Module, dtype: str) -> nn.Module:
+    weight = DenseWeight.over(module.get_parameter("weight"), dtype)
+    old = module.bias
+    bias = nn.Parameter(old.detach().to(DTYPES[dtype]), old.requires_grad) if isinstance(old, Tensor) else None
+    if isinstance(module, nn.Conv2d):
+        new = StoredConv2d.like(module, weight)
+        new.bias = bias
+        return new
+    return StoredLinear(weight, bias)

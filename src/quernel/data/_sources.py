@@ -2,7 +2,7 @@
 
 Folders are looked through in this order: ``QUERNEL_DATA`` (may be read-only), then ``data`` in the user
 cache folder (``QUERNEL_CACHE`` or the platform's default). A source without files is bundled with a
-dependency. A file is hashed once per process, before anybody parses it.
+dependency. The bytes that a parser gets are hashed first, each time: one of them may open a pickle.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from typing import Any
 from quernel._errors import DataError, MissingExtraError
 
 Parse = Callable[..., Any]
-
-# (path, size, mtime) of files whose bytes matched; a file that changes on disk is hashed again.
-_verified: set[tuple[str, int, int]] = set()
 
 
 @dataclass(frozen=True)
@@ -115,18 +112,14 @@ def read(file: File) -> bytes:
         raise DataError(f"file {file.path} is missing; looked in {_looked_in()}")
     try:
         content = path.read_bytes()
-        stat = path.stat()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    key = (str(path), stat.st_size, stat.st_mtime_ns)
-    if key not in _verified:
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != file.sha256:
-            raise DataError(
-                f"{path} is damaged or another version: expected sha256 {file.sha256}, got {digest}. "
-                "Replace the file by the original"
-            )
-        _verified.add(key)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != file.sha256:
+        raise DataError(
+            f"{path} is damaged or another version: expected sha256 {file.sha256}, got {digest}. "
+            "Replace the file by the original"
+        )
     return content
 
 

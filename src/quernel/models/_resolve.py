@@ -14,6 +14,7 @@ from quernel._errors import FormatError, MissingExtraError, QuernelError
 from quernel._io import CONFIG, is_quernel_folder, read_safetensors
 from quernel._load import load as load_folder
 from quernel._module_tree import assign_tensors
+from quernel._transformers import harmless_attention
 from quernel.models._bundled import load, names
 from quernel.models._cached import Progress
 from quernel.models._sentence_folder import is_sentence_folder
@@ -93,13 +94,19 @@ def _from_transformers(folder: Path) -> nn.Module:
         except (safetensors.SafetensorError, OSError) as error:
             raise FormatError(f"{file}: not a whole safetensors file ({error}); it may be truncated") from error
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        offline = {"local_files_only": True, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(folder, **offline)
         named = getattr(transformers, (config.architectures or [""])[0] or "AutoModel", None)
+        # config.json may ask for kernels of a hub, which would be downloaded and run.
+        config._attn_implementation = harmless_attention(config._attn_implementation)
+        config._experts_implementation = None
         # The class with its head, where the folder names one of transformers' own.
         model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
         cls = named if model else transformers.AutoModel
         with torch.random.fork_rng(devices=[]):
-            loaded: nn.Module = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True)  # type: ignore[union-attr]
+            loaded: nn.Module = cls.from_pretrained(  # type: ignore[union-attr]
+                folder, config=config, **offline, use_safetensors=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise FormatError(f"{folder}: transformers cannot open it: {error}") from error
     return loaded

@@ -16,8 +16,9 @@ from quernel import data
 from quernel._errors import QuernelError
 from quernel.data import Pairs, Sentences
 from quernel.models._sentence_folder import tokenize
-from quernel.models._task import Batch, Evaluate, Task, evaluating, halves
+from quernel.models._task import Batch, Evaluate, Task, halves
 from quernel.models.sentence_encoder import SentenceEncoder, mean_of_tokens
+from quernel.nn._running import device_of, evaluating, to_device
 
 _CALIBRATION, _BATCH, _EVALUATION_BATCH = 64, 32, 64
 _LATENCY_BATCH, _LATENCY_TOKENS = 32, 64
@@ -39,11 +40,11 @@ class _Embedding:
         return cls(tuple(_tokenize(model, group) for group in groups), torch.tensor(order).argsort())
 
     def __call__(self, model: nn.Module) -> Tensor:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         vectors = []
         with evaluating(model), torch.inference_mode():
             for batch in self.batches:
-                moved = {name: value.to(device) for name, value in batch.items()}
+                moved = to_device(batch, device)
                 output = model(**moved)
                 if not isinstance(output, Tensor):
                     output = mean_of_tokens(output.last_hidden_state, moved.get("attention_mask"))

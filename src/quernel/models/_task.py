@@ -6,14 +6,14 @@ the same examples. Larger is better for every metric. Evaluators are small pickl
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from quernel._errors import DataError, QuernelError
+from quernel.nn._running import device_of, evaluating, to_device
 
 Evaluate = Callable[[nn.Module], float]
 Batch = Tensor | Mapping[str, Tensor]
@@ -100,31 +100,16 @@ class Fidelity:
 
 def run(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
     """Return the model's outputs, a batch each, as float tensors on the CPU."""
-    tensor = next(iter((*model.parameters(), *model.buffers())), None)
-    device = torch.device("cpu") if tensor is None else tensor.device
+    device = device_of(model)
     outputs = []
     with evaluating(model), torch.inference_mode():
         for batch in batches:
-            if isinstance(batch, Tensor):
-                output = model(batch.to(device))
-            else:
-                output = model(**{name: value.to(device) for name, value in batch.items()})
+            moved = to_device(batch, device)
+            output = model(moved) if isinstance(moved, Tensor) else model(**moved)
             if not isinstance(output, Tensor):
                 raise QuernelError(f"the model must return one tensor; got {type(output).__name__}. Wrap the model")
             outputs.append(output.float().cpu())
     return outputs
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; each module's own mode comes back after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def halves(n: int, what: str) -> tuple[slice, slice]:

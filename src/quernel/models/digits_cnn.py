@@ -131,7 +131,7 @@ def _trained_on_one_thread(recipe: dict[str, Any], progress: Progress | None) ->
             logits = model(_shifted(x[rows], generator))
             loss = F.cross_entropy(logits, y[rows], label_smoothing=recipe["label_smoothing"])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
         if progress is not None:

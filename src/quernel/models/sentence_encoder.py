@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._module_tree import parameters_on_meta
 from quernel._registry import register
+from quernel._transformers import harmless_config
 from quernel._validate import check_choice, check_int
 from quernel.models._sentence_folder import (
     MINILM_TOKENIZER,
@@ -28,6 +29,7 @@ from quernel.models._sentence_folder import (
     fill,
     minilm_folder,
     tokenize,
+    tokenizer_files,
     tokenizer_folder,
     transformers,
 )
@@ -93,7 +95,7 @@ class SentenceEncoder(nn.Module):
         self.max_length = check_int("max_length", max_length, low=1)
         library = transformers()
         try:
-            settings = library.AutoConfig.for_model(**encoder)
+            settings = library.AutoConfig.for_model(**harmless_config(encoder))
         except (TypeError, ValueError, KeyError) as error:
             raise QuernelError(f"encoder must be a transformers config with a known model_type: {error}") from error
         self.encoder = library.AutoModel.from_config(settings, attn_implementation="sdpa")
@@ -103,7 +105,7 @@ class SentenceEncoder(nn.Module):
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments, JSON-able."""
         return {
-            "encoder": json.loads(self.encoder.config.to_json_string(use_diff=False)),
+            "encoder": harmless_config(json.loads(self.encoder.config.to_json_string(use_diff=False))),
             "pooling": self.pooling,
             "normalize": self.normalize,
             "max_length": self.max_length,
@@ -114,6 +116,19 @@ class SentenceEncoder(nn.Module):
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build an untrained encoder from ``config()``."""
         return cls(**config)
+
+    def portable(self) -> tuple[dict[str, Any], dict[str, Path]]:
+        """Return a config without a path of this machine, and the tokenizer's files to keep beside it."""
+        if self.tokenizer_source == MINILM_TOKENIZER:
+            return self.config(), {}
+        return self.config() | {"tokenizer": None}, tokenizer_files(self.tokenizer_source)
+
+    @classmethod
+    def from_portable(cls, config: dict[str, Any], folder: Path | None) -> Self:
+        """Build an untrained encoder whose tokenizer files, if any were kept, are in ``folder``."""
+        # A path in a file could point anywhere, on Windows even to another machine.
+        named = MINILM_TOKENIZER if config.get("tokenizer") == MINILM_TOKENIZER else None
+        return cls.from_config(config | {"tokenizer": named if folder is None else str(folder.absolute())})
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Self:

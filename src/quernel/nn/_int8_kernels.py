@@ -1,22 +1,22 @@
-"""Jitted passes around an int8 matrix product: quantise rows before it, dequantise and activate after it.
+"""Compiled passes around an int8 matrix product: quantise rows before it, dequantise and activate after it.
 
-bfloat16 enters and leaves as its uint16 bits. Rounding is half to even, by adding and reading back 1.5 * 2^23:
-the low byte of the sum is the code. Row maxima are taken over the bits of |x| as integers, which order like the
-floats and put NaN and infinity on top, so that a row which holds one is seen without a test per element.
-Each pass is one vectorised loop without calls (`inspect_asm` shows zmm registers where the CPU has them);
-one kernel is compiled per combination in use. GELU is x minus |x| times the 16th power of a polynomial.
+They are C functions of addresses and sizes, called from Numba (``_int8_chain``) without Python in between. bfloat16
+enters and leaves as its uint16 bits. Rounding is half to even, by adding and reading back 1.5 * 2^23: the low byte of
+the sum is the code. Row maxima are taken over the bits of |x| as integers, which order like the floats and put NaN and
+infinity on top, so that a row which holds one is seen without a test per element. Each pass is one vectorised loop
+without calls; one function is compiled per combination in use.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 
-f32, f64, i8, i32, u16, u32 = np.float32, np.float64, np.int8, np.int32, np.uint16, np.uint32
+f32, f64, i8, i32, i64, u16, u32 = np.float32, np.float64, np.int8, np.int32, np.int64, np.uint16, np.uint32
 
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
@@ -25,80 +25,100 @@ ROUND = f32(1.5 * 2**23)
 MAGNITUDE, INFINITY = i32(0x7FFFFFFF), i32(0x7F800000)
 # The reciprocal of anything smaller, times 127, would overflow float32: such rows count as zero.
 SMALLEST = f32(1e-36)
-ZERO, HALF, ONE, NAN = f32(0), f32(0.5), f32(1), f32(np.nan)
+ZERO, ONE, NAN = f32(0), f32(1), f32(np.nan)
 
 # Products may be fused into sums where the result is rounded to the output anyway. Never in the quantisers:
 # their codes must not depend on whether the CPU has a fused multiply-add.
 FUSED = {"contract"}
 
 
+@intrinsic
+def pointer(typing: Any, address: Any) -> Any:
+    """Turn an integer address into what ``carray`` takes."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), emit
+
+
 @functools.cache
-def quantiser(bf16: bool, smooth: bool, bound: bool) -> Callable[..., None]:
-    """Return ``kernel(x, inverse, levels, alpha, codes, scales)``: rows to int8 codes and one scale a row.
+def quantiser(bf16: bool, smooth: bool, bound: bool) -> Any:
+    """Return the C function ``(x, inverse, levels, alpha, codes, steps, n, k)``: rows to int8 codes and a step each.
+
+    All arguments are int64: addresses of contiguous memory, sizes, and for ``alpha`` the bits of a double.
 
     Parameters
     ----------
     bf16 : bool
-        Whether ``x``, shape (n, k), holds the bits of bfloat16 as uint16; else it is float32.
+        Whether ``x``, shape (n, k), is bfloat16; else it is float32.
     smooth : bool
         Whether columns are multiplied by ``inverse``, shape (k,), float32; else it is not read.
     bound : bool
-        Row scale ``max|x|^alpha / levels`` with clamping; else ``max|x * inverse| / levels``, which never clips.
+        Step ``max|x|^alpha / levels`` with clamping; else ``max|x * inverse| / levels``, which never clips.
 
     Notes
     -----
-    The kernel writes ``codes``, shape (n, k), int8, and ``scales``, shape (n,), float32: 0 for a row that is zero
+    It writes ``codes``, shape (n, k), int8, and ``steps``, shape (n,), float32: 0 for a row that is zero
     or below 1e-36, NaN for a row with a NaN or an infinity.
     """
+    dtype = u16 if bf16 else f32
 
-    @njit(nogil=True, cache=True, fastmath=False)
-    def kernel(x: Any, inverse: Any, levels: Any, alpha: Any, codes: Any, scales: Any) -> None:
-        n, k = x.shape
-        limit = f32(levels)
+    @cfunc(types.void(*[types.int64] * 8), cache=True, fastmath=False)
+    def passed(x: Any, inverse: Any, levels: Any, alpha: Any, codes: Any, steps: Any, n: Any, k: Any) -> None:
+        rows, factors = carray(pointer(x), (n, k), dtype), carray(pointer(inverse), (k,), f32)
+        q, step = carray(pointer(codes), (n, k), i8), carray(pointer(steps), (n,), f32)
+        limit, exponent = f32(levels), i64(alpha).view(f64)
         for i in range(n):
             top = i32(0)
             for j in range(k):
-                v = _from_bf16(x[i, j]) if bf16 else f32(x[i, j])
+                v = _from_bf16(rows[i, j]) if bf16 else f32(rows[i, j])
                 if smooth and not bound:
-                    v = v * inverse[j]
+                    v = v * factors[j]
                 top = max(top, i32(f32(v).view(i32) & MAGNITUDE))
             largest = i32(top).view(f32)
             if bound:
-                largest = f32(f64(largest) ** alpha) if largest >= SMALLEST else largest
+                largest = f32(f64(largest) ** exponent) if largest >= SMALLEST else largest
             if top >= INFINITY:
-                scales[i], step = NAN, ZERO
+                step[i], factor = NAN, ZERO
             elif largest < SMALLEST:
-                scales[i], step = ZERO, ZERO
+                step[i], factor = ZERO, ZERO
             else:
-                scales[i], step = largest / limit, limit / largest
+                step[i], factor = largest / limit, limit / largest
             for j in range(k):
-                v = _from_bf16(x[i, j]) if bf16 else f32(x[i, j])
+                v = _from_bf16(rows[i, j]) if bf16 else f32(rows[i, j])
                 if smooth:
-                    v = v * inverse[j]
-                v = v * step
+                    v = v * factors[j]
+                v = v * factor
                 if bound:
                     v = limit if v > limit else v
                     v = -limit if v < -limit else v
-                codes[i, j] = i8(f32(v + ROUND).view(i32))
+                q[i, j] = i8(f32(v + ROUND).view(i32))
 
-    return kernel
+    return passed
 
 
 @functools.cache
-def dequantiser(bf16: bool, activation: int) -> Callable[..., None]:
-    """Return ``kernel(sums, row_scale, column_scale, bias, out)``.
+def dequantiser(bf16: bool, activation: int) -> Any:
+    """Return the C function ``(sums, steps, scale, bias, out, n, m)`` of addresses and sizes, all int64.
 
-    It writes ``out = activation(sums * row_scale * column_scale + bias)``, all shape (n, m): ``sums`` int32,
-    ``out`` float32 or, with ``bf16``, the uint16 bits of bfloat16, rounded half to even.
+    It writes ``out = activation(sums * steps[:, None] * scale + bias)``, shape (n, m): ``sums`` int32, vectors float32,
+    ``out`` float32 or bfloat16, rounded half to even.
     """
+    dtype = u16 if bf16 else f32
 
-    @njit(nogil=True, cache=True, fastmath=FUSED, error_model="numpy")
-    def kernel(sums: Any, row_scale: Any, column_scale: Any, bias: Any, out: Any) -> None:
-        n, m = sums.shape
+    @cfunc(types.void(*[types.int64] * 7), cache=True, fastmath=FUSED, error_model="numpy")
+    def passed(sums: Any, steps: Any, scale: Any, bias: Any, out: Any, n: Any, m: Any) -> None:
+        z, y_out = carray(pointer(sums), (n, m), i32), carray(pointer(out), (n, m), dtype)
+        step, column, offset = (
+            carray(pointer(steps), (n,), f32),
+            carray(pointer(scale), (m,), f32),
+            carray(pointer(bias), (m,), f32),
+        )
         for i in range(n):
-            row = row_scale[i]
+            row = step[i]
             for j in range(m):
-                y = f32(sums[i, j]) * (row * column_scale[j]) + bias[j]
+                y = f32(z[i, j]) * (row * column[j]) + offset[j]
                 if activation == 1:
                     y = _relu(y)
                 elif activation == 2:
@@ -107,9 +127,9 @@ def dequantiser(bf16: bool, activation: int) -> Callable[..., None]:
                     y = _gelu_tanh(y)
                 elif activation == 4:
                     y = _silu(y)
-                out[i, j] = _to_bf16(y) if bf16 else y
+                y_out[i, j] = _to_bf16(y) if bf16 else y
 
-    return kernel
+    return passed
 
 
 @njit(nogil=True, cache=True, fastmath=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._plain_layers import check_fields
 from quernel._registry import register, resolve_class
 from quernel.nn.weights._base import StoredWeight, dtype_name
 from quernel.nn.weights.dense import DTYPES, DenseWeight
@@ -24,7 +25,7 @@ def weight_config(weight: StoredWeight) -> dict[str, Any]:
 
 def weight_from_config(config: dict[str, Any]) -> StoredWeight:
     """Build an empty stored weight from ``weight_config``; only registered classes are built."""
-    cls: Any = resolve_class(config["class"], file="config", field="weight.class")
+    cls: Any = resolve_class(config["class"], file="stored weight", field="class")
     weight: StoredWeight = cls.from_config(config["config"])
     return weight
 
@@ -185,6 +186,7 @@ class StoredConv2d(_StoredLayer):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build an empty layer from ``config()``."""
+        check_fields("Conv2d", {f: config[f] for f in _CONV_FIELDS})
         fields: dict[str, Any] = {f: tuple(v) if isinstance(v := config[f], list) else v for f in _CONV_FIELDS}
         return cls(*cls._parts(config), **fields)
 

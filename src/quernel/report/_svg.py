@@ -56,12 +56,15 @@ def front(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def pareto_plot(points: Sequence[Point], frame: Frame) -> Markup:
-    """Draw points, the front as a staircase, the budget's limits and the labels that matter."""
+def pareto_plot(points: Sequence[Point], frame: Frame, best: Sequence[Point] | None = None) -> Markup:
+    """Draw points, the front as a staircase, the budget's limits and the labels that matter.
+
+    ``best`` are the points of the front where it is known already.
+    """
     left, right, top, bottom = 58, frame.width - 14, 34, frame.height - 48
     x_axis = from_zero([p.x for p in points], left, right)
     y_axis = around([p.y for p in points], bottom, top)
-    best = front(points)
+    best = front(points) if best is None else sorted(best, key=lambda p: (p.x, p.y))
     ordered = sorted(points, key=lambda p: (p.x, p.y))
     return tag(
         "svg",

@@ -58,22 +58,26 @@ def _view(report: Report, view: str) -> Markup | None:
         title, scale = f"stored size ({units.BYTE_UNITS[unit]})", 1000.0**unit
     else:
         title, scale = "latency (ms)", 1.0
-    points = []
+    points, marked = [], []
     for trial in report.trials:
         x = trial.bytes_after if view == "size" else trial.latency_ms
         if trial.status != "ok" or trial.metric is None or x is None:
             continue
         if x < DRAWABLE and abs(trial.metric) < DRAWABLE:
             points.append(_point(trial, x / scale, trial.metric, report.metric or "metric"))
+            if trial.on_front:
+                marked.append(points[-1])
     if not points:
         return None
+    # The trials' own mark is about sizes, and the table shows it; the front by latency is another one.
+    best = marked if view == "size" else front(points)
     limit_x, limit_y = _limits(report, view, scale)
     name = report.metric or "metric"
     plots = (
-        tag("div", pareto_plot(points, Frame(width, height, title, name, limit_x, limit_y)), class_=size)
+        tag("div", pareto_plot(points, Frame(width, height, title, name, limit_x, limit_y), best), class_=size)
         for size, width, height in SIZES
     )
-    legend = _legend(points, limit_x is not None or limit_y is not None)
+    legend = _legend(points, best, limit_x is not None or limit_y is not None)
     return tag("figure", *plots, legend, data_view=view)
 
 
@@ -111,8 +115,7 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _legend(points: list[Point], limits: bool) -> Markup:
-    best = front(points)
+def _legend(points: list[Point], best: list[Point], limits: bool) -> Markup:
     entries = [
         ("chosen", "chosen", any(p.chosen for p in points)),
         ("original", "untouched model", any(p.original for p in points)),

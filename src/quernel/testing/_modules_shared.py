@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quernel._errors import QuernelError
-from quernel._io import CONFIG
+from quernel._errors import FormatError
+from quernel._io import CONFIG, digest_of
 from quernel._load import load, save_model
 from quernel._registry import example_of
 from quernel.nn.weights import StoredWeight
 from quernel.testing._suite import generator, outputs, require, require_equal
 
 MUTATIONS = 24
+# A model takes tens of milliseconds to build, a module one.
+FORGED_FIELDS, FORGED_FIELDS_OF_MODEL = 24, 6
 
 
 def made(cls: type) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -65,8 +67,7 @@ def check_save_and_load(cls: type) -> None:
     """A saved model that holds the module comes back bit for bit."""
     module, inputs = made(cls)
     with tempfile.TemporaryDirectory() as folder:
-        save_model(_holder(module), folder)
-        twin = load(folder, model=lambda: _holder(nn.Identity()))[0]
+        twin = _loaded(cls, save_model(_holder(cls, module), folder))
     require(type(twin) is cls, cls, f"load returns a {type(twin).__name__}")
     for got, want in zip(run(twin, inputs), run(module, inputs), strict=True):
         require_equal(cls, "output after save and load", got, want)
@@ -77,24 +78,30 @@ def check_damaged_files(cls: type) -> None:
     module, inputs = made(cls)
     wanted = run(module, inputs)
     with tempfile.TemporaryDirectory() as name:
-        folder = save_model(_holder(module), name)
+        folder = save_model(_holder(cls, module), name)
         files = {file: file.read_bytes() for file in folder.iterdir()}
         for i in range(MUTATIONS):
             file = sorted(files)[i % len(files)]
             file.write_bytes(_mutated(files[file], i))
-            _require_refused(cls, folder, file, inputs, wanted)
+            _require_refused(cls, folder, f"a damaged {file.name}", inputs, wanted)
             file.write_bytes(files[file])
+        fields = FORGED_FIELDS_OF_MODEL if _is_model(cls) else FORGED_FIELDS
+        for change, document in _forged(json.loads(files[folder / CONFIG]), fields):
+            (folder / CONFIG).write_text(json.dumps(document), encoding="utf-8")
+            _require_refused(cls, folder, change, inputs, wanted)
         (folder / CONFIG).unlink()
-        _require_refused(cls, folder, folder / CONFIG, inputs, wanted)
+        _require_refused(cls, folder, f"a missing {CONFIG}", inputs, wanted)
 
 
-def _require_refused(cls: type, folder: Path, file: Path, inputs: tuple[Tensor, ...], wanted: list[Tensor]) -> None:
+def _require_refused(cls: type, folder: Path, change: str, inputs: tuple[Tensor, ...], wanted: list[Tensor]) -> None:
     try:
-        twin = load(folder, model=lambda: _holder(nn.Identity()))[0]
-    except QuernelError:
+        twin = _loaded(cls, folder)
+    except FormatError as error:
+        require(str(folder) in str(error), cls, f"{change} is refused without naming the file: {error}")
         return
-    same = all(torch.equal(a, b) for a, b in zip(run(twin, inputs), wanted, strict=True))
-    require(same, cls, f"a damaged {file.name} loads silently with other numbers")
+    got = run(twin, inputs)
+    same = len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    require(same, cls, f"{change} loads silently with other numbers")
 
 
 def _mutated(data: bytes, seed: int) -> bytes:
@@ -105,5 +112,75 @@ def _mutated(data: bytes, seed: int) -> bytes:
     return data[:place] + bytes([data[place] ^ int(draw.integers(1, 256))]) + data[place + 1 :]
 
 
-def _holder(module: nn.Module) -> nn.Sequential:
-    return nn.Sequential(module)
+def _forged(document: dict[str, Any], fields: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield documents with one field changed and a digest that matches: what no checksum can catch."""
+    paths = [path for path in _paths(document["quernel"]) if path[0] != "digest" and "extra" not in path]
+    draw = np.random.default_rng(0)
+    # Every field once would take seconds for a model with a long config.
+    chosen = sorted(draw.permutation(len(paths))[:fields])
+    for path in (paths[i] for i in chosen):
+        for word, replace in _FORGERIES.items():
+            forged = copy.deepcopy(document)
+            holder = forged["quernel"]
+            for step in path[:-1]:
+                holder = holder[step]
+            if not replace(holder, path[-1]):
+                continue
+            subtree = forged["quernel"]
+            subtree["digest"] = digest_of({k: v for k, v in subtree.items() if k != "digest"})
+            yield f"{word} field {'.'.join(map(str, path))} with a matching digest", forged
+
+
+def _paths(value: Any) -> Iterator[tuple[Any, ...]]:
+    steps = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for step, inner in steps:
+        yield (step,)
+        yield from ((step, *rest) for rest in _paths(inner))
+
+
+def _mistyped(holder: Any, step: Any) -> bool:
+    holder[step] = [{"x": 1}]
+    return True
+
+
+def _missing(holder: Any, step: Any) -> bool:
+    del holder[step]
+    return True
+
+
+def _renamed(holder: Any, step: Any) -> bool:
+    # A number in place of a name is a wrong type; another class is a wrong name.
+    if step != "class":
+        return False
+    holder[step] = "Catalogue"
+    return True
+
+
+def _resized(holder: Any, step: Any) -> bool:
+    # Only sizes: another stride is another model, as valid as the first.
+    if step not in _SIZES or not isinstance(holder[step], int):
+        return False
+    holder[step] += 1
+    return True
+
+
+_SIZES = ("in_features", "out_features", "rank", "embed_dim", "channels")
+_FORGERIES: dict[str, Callable[[Any, Any], bool]] = {
+    "mistyped": _mistyped,
+    "missing": _missing,
+    "renamed": _renamed,
+    "resized": _resized,
+}
+
+
+def _is_model(cls: type) -> bool:
+    return cls.__dict__.get("_quernel_contract") == "model"
+
+
+def _holder(cls: type, module: nn.Module) -> nn.Module:
+    # A model is saved by itself, anything else within the model that it was put into.
+    return module if _is_model(cls) else nn.Sequential(module)
+
+
+def _loaded(cls: type, folder: Path) -> nn.Module:
+    return load(folder) if _is_model(cls) else load(folder, model=lambda: nn.Sequential(nn.Identity()))[0]

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quernel.compress import FeatureMerging
-from quernel.compress._context import Context
+from quernel.compress import Context, FeatureMerging
 from quernel.compress.graph import channel_groups
 
 # Output change that float32 rounding of merged weights may cause; outputs are of order one.

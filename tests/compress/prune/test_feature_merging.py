@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
-from quernel.compress import FeatureMerging, compress, feature_complexity
-from quernel.compress._context import Context
+from quernel.compress import Context, FeatureMerging, compress, feature_complexity
 from quernel.compress.graph import channel_groups, channel_map
 from tests.compress.prune._nets import (
     CLOSE,

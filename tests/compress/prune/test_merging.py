@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quernel.compress.graph import channel_map
+from quernel.compress import Context, FeatureMerging
+from quernel.compress.graph import ChannelGroup, Slot, channel_map
 from quernel.compress.prune._merging import Merger, Rule
 from quernel.compress.prune._surgery import read_tensors, with_folds
 from tests.compress.prune._nets import IMAGES, NETS, Residual, mlp, net_and_input, trained_norms
@@ -94,3 +98,33 @@ def test_a_paused_group_goes_on_when_its_neighbours_have_merged() -> None:
             else:
                 going.remove(space)
     assert sum(patient) > sum(space.merged for space in hasty.spaces)
+
+
+@pytest.mark.parametrize("rule", ["paper", "current"])
+def test_random_features_are_all_different(rule: str) -> None:
+    merger, _, _ = arrays_of(mlp(64, 128, 96, 10), torch.randn(2, 64), RULES[rule])
+    merger.run(0.3)
+    assert [space.merged for space in merger.spaces] == [0, 0]
+
+
+@pytest.mark.slow
+def test_layer_of_512_channels_merges_in_five_seconds() -> None:
+    rng, index = np.random.default_rng(0), np.arange(512)[:, None]
+    slots = Slot("a", "weight", 0, "row", index), Slot("b", "weight", 1, "column", index)
+    tensors = {"a.weight": rng.standard_normal((512, 512, 9)), "b.weight": rng.standard_normal((512, 512, 9))}
+    start = time.process_time()
+    merger = Merger(tensors, [ChannelGroup("a", 512, slots[:1], slots[1:])], Rule(reference="current"))
+    merger.run(1.0, 0.8)
+    assert merger.spaces[0].merged == 409
+    assert time.process_time() - start < 5.0
+
+
+@pytest.mark.slow
+def test_vgg16_merges_in_a_minute() -> None:
+    widths = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+    layers = [nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise((3, *widths))]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 * 4, 10))
+    start = time.process_time()
+    plan = FeatureMerging(beta=1.0, max_ratio=0.8).plan(net, Context(example_inputs=torch.zeros(1, 3, 2, 2)))
+    assert plan.summary["channels_after"] < 0.25 * sum(widths)
+    assert time.process_time() - start < 60.0

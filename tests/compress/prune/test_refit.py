@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from quernel.compress import FeatureMerging
-from quernel.compress._context import Context
+from quernel.compress import Context, FeatureMerging
 from tests.compress.prune._nets import CLOSE, IMAGES, NETS, apply, change, duplicated, mlp, net_and_input, widths
 
 

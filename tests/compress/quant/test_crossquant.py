@@ -6,11 +6,12 @@ from torch import nn
 
 import quernel
 from quernel._errors import QuernelError
-from quernel.compress import Context, CrossQuant, SmoothQuant, compress
+from quernel.compress import Cast, Context, CrossQuant, SmoothQuant, compress
 from quernel.compress.quant._adjacent import activation_kind, activations_after, scalable_producers
-from quernel.compress.quant._calibration import Calibration, migration_scale, output_error
+from quernel.compress.quant._calibration import Calibration, output_error
 from quernel.nn import CrossQuantLinear
-from quernel.nn.functional.activation_quant import fake_quantize
+from quernel.nn.functional.activation_quant import fake_quantize, quantization_kernel
+from quernel.nn.linear.crossquant import channel_scale
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(64, 32, generator=GENERATOR)
@@ -108,7 +109,7 @@ def test_auto_takes_the_exponent_with_the_least_error():
     stats.update(mlp()[0](X))
     weight = mlp()[1].weight.detach()
     errors = {
-        a: output_error(stats.sample, weight, migration_scale(stats.absmax.value, 1 - a), abits=8)
+        a: output_error(stats.sample, weight, channel_scale(stats.absmax.value, a), abits=8)
         for a in (0.15, 0.3, 0.5, 0.65, 0.8, 1.0)
     }
     assert details["1"]["alpha"] == min(errors, key=errors.get)
@@ -119,6 +120,77 @@ def test_dead_channels_keep_their_weight():
     x[:, 7] = 0
     result = compress(nn.Sequential(nn.Linear(32, 16)).eval(), CrossQuant(activations="keep"), data=[x])
     assert result.model(x).isfinite().all() and result.report.layers[0].relative_error < 0.02
+
+
+def test_channel_that_wakes_after_calibration_does_not_drown_its_row():
+    quiet, awake = X.clone(), X.clone()
+    quiet[:, 7] = 0
+    model = nn.Sequential(nn.Linear(32, 16)).eval()
+    result = compress(model, CrossQuant(activations="keep"), data=[quiet])
+    assert (result.model(awake) - model(awake)).norm() < 0.03 * model(awake).norm()
+
+
+class GemmaNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.5, 0.5, 32))
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, (32,)) * (1 + self.weight)
+
+
+def test_fold_is_refused_where_the_output_does_not_follow_the_weight():
+    model = nn.Sequential(GemmaNorm(), nn.Linear(32, 16)).eval()
+    assert scalable_producers(model, Context([X]), ["1"]) == {}
+
+
+def test_fold_is_refused_where_the_producers_weight_is_tied():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear, self.other = nn.LayerNorm(32), nn.Linear(32, 32), nn.LayerNorm(32)
+            self.other.weight = self.norm.weight
+
+        def forward(self, x):
+            return self.other(self.linear(self.norm(x)))
+
+    assert scalable_producers(Twice().eval(), Context([X]), ["linear"]) == {}
+
+
+def test_proving_leaves_the_weights_bit_equal():
+    model = mlp()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    scalable_producers(model, Context([X]), ["1", "3"])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_output_without_visible_tensors_proves_nothing():
+    class Opaque:
+        def __init__(self, value):
+            self.hidden = value
+
+    class Wrapped(PostNorm):
+        def forward(self, x):
+            return Opaque(super().forward(x))
+
+    assert activations_after(Wrapped().eval(), Context([X]), ["up", "down"]) == {}
+
+
+@pytest.mark.parametrize("method", [CrossQuant(), Cast()])
+def test_excluded_layers_keep_their_numbers_and_still_run(method):
+    model = nn.Sequential(nn.Embedding(10, 32), *mlp()).eval()
+    ids = torch.arange(10)
+    result = compress(model, method, data=[ids], exclude=("4",))
+    kept = result.model[4].weight
+    assert torch.equal(kept.dense() if isinstance(kept, nn.Module) else kept, model[4].weight)
+    assert result.model(ids).isfinite().all()
+    assert {layer.name: layer.action for layer in result.report.layers}["4"] == "keep"
+
+
+def test_report_holds_the_kernel_of_each_layer():
+    details = compress(mlp(), CrossQuant(), data=[X]).report.layers[1].details
+    assert details["kernel"] == pytest.approx(quantization_kernel(mlp()[0](X).detach()), abs=1e-3)
+    assert details["kernel"] < details["kernel_per_token"]
 
 
 def test_padding_does_not_set_the_scales():

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel.nn import _int8_chain
 from quernel.nn._int8_kernels import ACTIVATIONS
 from quernel.nn.functional import int8 as module
 from quernel.nn.functional import int8_linear
@@ -155,7 +156,7 @@ def test_threads_and_blocks_do_not_change_a_bit(dtype, monkeypatch):
     wanted = int8_linear(x, codes, scale, bias, inverse=inverse)
     torch.set_num_threads(2)
     assert torch.equal(int8_linear(x, codes, scale, bias, inverse=inverse), wanted)
-    monkeypatch.setattr(module, "BLOCK", 37)
+    monkeypatch.setattr(_int8_chain, "BLOCK", 37)
     assert torch.equal(int8_linear(x, codes, scale, bias, inverse=inverse), wanted)
     assert torch.equal(int8_linear(x[:5], codes, scale, bias, inverse=inverse), wanted[:5])
 

@@ -53,9 +53,11 @@ def test_bound_rows_reproduce_the_papers_formula_on_the_calibration_data(outlier
     x, _ = outliers
     alpha = 0.15
     scale = channel_scale(x.abs().amax(0), alpha)
-    codes, steps = np.empty(x.shape, np.int8), np.empty(len(x), np.float32)
-    quantiser(False, True, True)(x.numpy(), scale.reciprocal().numpy(), 127, alpha, codes, steps)
-    ours = torch.from_numpy(codes) * torch.from_numpy(steps)[:, None] * scale
+    inverse, codes, steps = scale.reciprocal(), torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    places = [t.data_ptr() for t in (x, inverse, codes, steps)]
+    bits = int(np.float64(alpha).view(np.int64))
+    quantiser(False, True, True).ctypes(*places[:2], 127, bits, *places[2:], *x.shape)
+    ours = codes * steps[:, None] * scale
     papers = fake_quantize(x, alpha=alpha)
     # Where x / step is a half up to rounding, the code may fall to either side.
     differs = (ours - papers).abs() > 1e-5 * papers.abs() + 1e-12

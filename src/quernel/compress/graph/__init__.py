@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = attach(
         "ChannelGroup": "._groups",
         "ChannelMap": "._groups",
         "LeftAlone": "._groups",
-        "OUTPUT": "._flow",
         "Slot": "._groups",
         "channel_groups": "._groups",
         "channel_map": "._groups",

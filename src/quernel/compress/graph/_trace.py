@@ -6,6 +6,8 @@ transformers included, and keeps the operations whole: ``aten.conv2d``, ``aten.l
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,18 @@ from torch import fx, nn
 
 from quernel._errors import QuernelError
 from quernel.compress._context import Forward, evaluating, run_batch
+
+# torch.export keeps its state in globals: two exports at once fail in either.
+_one_export = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _one_export
+    _one_export = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,8 @@ def trace(model: nn.Module, example_inputs: Any, forward: Forward | None = None)
         If ``torch.export`` cannot read the model; carries its reason and the way around it.
     """
     batch = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
-    with evaluating(model), torch.enable_grad():  # without gradients, attention layers take opaque fast paths
+    # Without gradients, attention layers would take opaque fast paths.
+    with _one_export, evaluating(model), torch.enable_grad():
         try:
             program = torch.export.export(_Run(model, forward), (batch,), strict=False)
         except Exception as error:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from quernel.compress._method import LayerPlan
-from quernel.compress.graph import OUTPUT, LeftAlone
+from quernel.compress.graph import LeftAlone
+from quernel.compress.graph._flow import OUTPUT
 from quernel.compress.prune._merging import Merger
 from quernel.compress.prune._surgery import Surgery
 

@@ -52,7 +52,7 @@ def read_tensors(model: nn.Module, names: Sequence[str], folds: Mapping[str, str
     tensors: dict[str, Array] = {}
     for name in names:
         module: Any = model.get_submodule(name)
-        weight, bias = affine(module) if isinstance(module, NORMS) else _folded(model, name, folds.get(name))
+        weight, bias = _affine(module) if isinstance(module, NORMS) else _folded(model, name, folds.get(name))
         check_finite(f"{name}.weight", weight)
         tensors[f"{name}.weight"] = _array(weight)
         if bias is not None:
@@ -61,26 +61,22 @@ def read_tensors(model: nn.Module, names: Sequence[str], folds: Mapping[str, str
     return tensors
 
 
-def affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """Return gain and shift of a batch norm in evaluation mode, float64."""
-    mean, var = norm.running_mean.double(), norm.running_var.double()
-    gain = (var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        gain = gain * norm.weight.detach().double()
-    shift = -mean * gain
-    return gain, shift if norm.bias is None else shift + norm.bias.detach().double()
-
-
 def _folded(model: nn.Module, name: str, norm_name: str | None) -> tuple[Tensor, Tensor | None]:
     layer: Any = model.get_submodule(name)
     weight = layer.weight.detach().double()
     bias = None if layer.bias is None else layer.bias.detach().double()
-    if norm_name is None:
-        return weight, bias
-    norm: Any = model.get_submodule(norm_name)
-    mean, var, gain, shift = (getattr(norm, n) for n in ("running_mean", "running_var", "weight", "bias"))
-    gain, shift = (None if t is None else t.detach() for t in (gain, shift))
-    return fold_batch_norm(weight, bias, mean, var, gain, shift, eps=norm.eps)
+    return (weight, bias) if norm_name is None else _fold(weight, bias, model.get_submodule(norm_name))
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Return gain, (n, 1), and shift, (n,), of a batch norm: what it does behind a layer that does nothing."""
+    ones = torch.ones(len(norm.running_mean), 1, dtype=torch.float64, device=norm.running_mean.device)
+    return _fold(ones, None, norm)
+
+
+def _fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return fold_batch_norm(weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 def _array(tensor: Tensor) -> Array:
@@ -99,8 +95,8 @@ def cut(model: nn.Module, tensors: Mapping[str, Array], spaces: Sequence[Space],
         weight, bias = (_cut(tensors, kept, f"{name}.{p}") for p in ("weight", "bias"))
         if weight is None:
             continue
-        if isinstance(module, NORMS):
-            surgery.norms[name] = (weight.flatten(), weight.new_zeros(len(weight)) if bias is None else bias.flatten())
+        if isinstance(module, NORMS) and bias is not None:
+            surgery.norms[name] = (weight.flatten(), bias.flatten())
         else:
             old: Tensor = module.weight
             shaped = weight.reshape(*weight.shape[:2], *old.shape[2:])

@@ -84,8 +84,9 @@ class FeatureMerging(Method):
     refit : bool, default=False
         Refit each reading layer by least squares on ``data``; this is not part of the paper.
     repair : bool, default=False
-        Rescale merged rows by sqrt(k / (1 + (k - 1) rho)), rho the mean cosine of the k original rows, to give
-        back the variance that imperfectly correlated features lose.
+        Rescale merged rows and offsets by sqrt(k / (1 + (k - 1) rho)), rho the mean cosine of the k original
+        rows, to give back the variance that imperfectly correlated features lose. Data-free and rough: it
+        helps some wide nets that lose most of their channels and costs accuracy elsewhere.
     keep_bn : bool, default=False
         Leave a neutral batch norm in the place of each folded one, for further training.
     groups : sequence of (producers, consumers), optional
@@ -157,8 +158,9 @@ class FeatureMerging(Method):
 
     @classmethod
     def menu(cls) -> Sequence[Method]:
-        """Data-free thresholds, and fixed shares with a refit."""
-        return (*(cls(beta=b) for b in (0.1, 0.2, 0.3)), *(cls(beta=1.0, max_ratio=r, refit=True) for r in (0.25, 0.5)))
+        """Data-free thresholds, and fixed shares with a refit; means suit every activation."""
+        shares = (cls(beta=1.0, max_ratio=r, scale="mean", refit=True) for r in (0.25, 0.5))
+        return (*(cls(beta=b) for b in (0.1, 0.2, 0.3)), *shares)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Find the groups, merge copies of their tensors, and try the narrower model once."""
@@ -172,7 +174,7 @@ class FeatureMerging(Method):
         if self.repair:
             _repair(model, merger, folds)
         surgery = cut(model, merger.tensors, merger.spaces, folds)
-        if surgery.layers and (self.groups is None or self.refit):
+        if surgery.layers and (context.data is not None or context.example_inputs is not None):
             surgery = self._tried(model, merger, surgery, folds, context)
         left = (*channels.left_alone, *excluded)
         layers = layer_plans(model, surgery, merger, left)
@@ -246,19 +248,21 @@ def build_merger(model: nn.Module, channels: ChannelMap, method: FeatureMerging)
 
 
 def _repair(model: nn.Module, merger: Merger, folds: Mapping[str, str]) -> None:
-    """Rescale merged rows to the variance that equal features would have given."""
+    """Rescale what merged channels put out to the variance that equal features would have given."""
     names = tuple(dict.fromkeys(name for space in merger.spaces for name in space.group.names))
     before = read_tensors(model, names, folds)
     for space in merger.spaces:
         rows = [s for s in space.group.producers if s.role == "row"]
         lines = np.concatenate([before[s.tensor][s.index[:, 0]].reshape(space.group.size, -1) for s in rows], axis=1)
         lines = lines / np.maximum(np.linalg.norm(lines, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        # With its offsets: rows alone would move the threshold of the activation.
+        scaled = [*rows, *(s for s in space.slots if s.role in ("row", "shift") and s.parameter == "bias")]
         for i, members in enumerate(space.members):
             k = len(members)
             if k > 1:
                 total = float(np.square(lines[members].sum(axis=0)).sum())  # k + k (k - 1) rho
                 rho = max(0.0, (total - k) / (k * (k - 1)))
-                for slot in rows:
+                for slot in scaled:
                     merger.tensors[slot.tensor][slot.index[i]] *= math.sqrt(k / (1 + (k - 1) * rho))
 
 

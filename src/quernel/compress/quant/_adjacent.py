@@ -2,28 +2,25 @@
 
 Hooks note whose output object is whose input. That suggests a pair; whether the output also goes elsewhere
 (a residual stream, say) is then settled exactly. A fused activation must leave the model's output bit-equal,
-and so must a scaling by powers of two that is put on the producer and taken off before the reader: floating
-point multiplies by powers of two without rounding, so any other reader shows.
+and so must a scaling by powers of two that is put into the producer's weight and taken off before the reader:
+floating point multiplies by powers of two without rounding, so any other reader, or a producer whose output does
+not follow its weight, shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from quernel.compress._context import Context, evaluating, run_batch
+from quernel.compress._context import Context, evaluating, run_batch, tied_elsewhere
+from quernel.nn.functional.activations import FUSIBLE
 
 Pairs = dict[str, str]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 def activations_after(model: nn.Module, context: Context, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -36,12 +33,17 @@ def activations_after(model: nn.Module, context: Context, linears: Iterable[str]
     uses = [activation for activation, _ in found.values()]
     found = {producer: pair for producer, pair in found.items() if uses.count(pair[0]) == 1}
 
-    def fused(chosen: Mapping[str, tuple[str, str]]) -> list[Any]:
+    @contextlib.contextmanager
+    def fused(chosen: Mapping[str, tuple[str, str]]) -> Iterator[None]:
         handles = []
         for producer, (activation, _) in chosen.items():
             handles.append(known[producer].register_forward_hook(_then(known[activation].forward)))
             handles.append(known[activation].register_forward_hook(lambda module, args, output: args[0]))
-        return handles
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     return _proven(model, context, found, fused)
 
@@ -49,17 +51,26 @@ def activations_after(model: nn.Module, context: Context, linears: Iterable[str]
 def scalable_producers(model: nn.Module, context: Context, linears: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return ``{norm or linear: linears}`` where these linears alone read the output, so it can take their scale."""
     known = dict(model.named_modules())
-    producers = [name for name, m in known.items() if name and can_scale(m)]
+    producers = [name for name, m in known.items() if name and can_scale(model, m)]
     readers = readers_of(model, context, producers, list(linears))
     groups = {producer: tuple(names) for producer, names in readers.items()}
 
-    def scaled(chosen: Mapping[str, tuple[str, ...]]) -> list[Any]:
-        handles = []
+    @contextlib.contextmanager
+    def scaled(chosen: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+        handles, before = [], []
         for producer, consumers in chosen.items():
             up, down = _powers_of_two(known[consumers[0]].get_parameter("weight").shape[1])
-            handles.append(known[producer].register_forward_hook(_then(_times(up))))
+            before += [(p, p.detach().clone()) for p in known[producer].parameters(recurse=False)]
+            scale_producer(known[producer], up)
             handles += [known[consumer].register_forward_pre_hook(_first_times(down)) for consumer in consumers]
-        return handles
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            with torch.no_grad():
+                for parameter, values in before:
+                    parameter.copy_(values)
 
     return _proven(model, context, groups, scaled)
 
@@ -78,17 +89,15 @@ def activation_kind(module: nn.Module) -> str | None:
         return None
     if not isinstance(value, Tensor) or value.shape != probe.shape:
         return None
-    return next(
-        (kind for kind, f in ACTIVATIONS.items() if torch.allclose(value, f(probe), rtol=1e-6, atol=1e-6)), None
-    )
+    return next((kind for kind, f in FUSIBLE.items() if torch.allclose(value, f(probe), rtol=1e-6, atol=1e-6)), None)
 
 
-def can_scale(module: nn.Module) -> bool:
-    """Say whether scaling ``weight`` (and ``bias``) by output channel scales the module's output."""
-    if type(module) is nn.Linear:
-        return True
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 1 and type(module).__name__.endswith("Norm")
+def can_scale(model: nn.Module, module: nn.Module) -> bool:
+    """Say whether scaling ``weight`` (and ``bias``) may scale the module's output; running it then decides."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or not (type(module) is nn.Linear or weight.ndim == 1):
+        return False
+    return all(tied_elsewhere(model, p, [module]) is None for p in module.parameters(recurse=False))
 
 
 def scale_producer(module: nn.Module, factor: Tensor) -> None:
@@ -139,20 +148,19 @@ def readers_of(model: nn.Module, context: Context, producers: list[str], readers
 
 
 def _proven(
-    model: nn.Module, context: Context, chosen: dict[str, Any], install: Callable[[Any], list[Any]]
+    model: nn.Module,
+    context: Context,
+    chosen: dict[str, Any],
+    changed: Callable[[Any], contextlib.AbstractContextManager[None]],
 ) -> dict[str, Any]:
     """Keep the entries that leave the output bit-equal; try all at once, then one by one."""
-    if not chosen:
-        return {}
-    wanted = _output(model, context)
+    wanted = _output(model, context) if chosen else []
+    if not wanted:
+        return {}  # nothing to prove it on: an output without tensors that can be seen
 
     def holds(some: dict[str, Any]) -> bool:
-        handles = install(some)
-        try:
+        with changed(some):
             got = _output(model, context)
-        finally:
-            for handle in handles:
-                handle.remove()
         return len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
     return chosen if holds(chosen) else {name: value for name, value in chosen.items() if holds({name: value})}
@@ -167,6 +175,8 @@ def _output(model: nn.Module, context: Context) -> list[Tensor]:
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value.clone()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):
+        value = vars(value)
     if isinstance(value, Mapping):
         return [t for v in value.values() for t in _tensors(v)]
     if isinstance(value, tuple | list):
@@ -176,10 +186,6 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _then(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda module, args, output: function(output)
-
-
-def _times(factor: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda y: y * factor.to(y)
 
 
 def _first_times(factor: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

@@ -64,11 +64,3 @@ def output_error(x: Tensor, weight: Tensor, scale: Tensor, *, abits: int, wbits:
     weights = quantize_activations(folded, column.expand_as(folded), bits=wbits)
     got = (codes * row) @ (weights * column).T
     return float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
-
-
-def migration_scale(absmax: Tensor, exponent: float) -> Tensor:
-    """Return ``absmax ** exponent`` with dead channels lifted to 1e-5 of the median, so that none vanishes."""
-    alive = absmax[absmax > 0]
-    floor = float(alive.median()) * 1e-5 if alive.numel() else 1.0
-    scale = absmax.clamp_min(floor) ** exponent
-    return torch.where(scale > 0, scale, 1.0)

@@ -8,7 +8,7 @@ layer's quantise pass. A subclass only chooses s.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -38,6 +38,7 @@ class _Payload:
     decisions: dict[str, Decision]
     folds: dict[str, Tensor]  # producer -> scale its output is divided by
     absorbed: tuple[str, ...]  # activation modules that become identities
+    rest: Plan  # how everything else is cast
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,13 @@ class QuantizedLinears(Method):
     def layer(self, linear: nn.Linear, decision: Decision, details: Mapping[str, Scalar]) -> nn.Module:
         """Return the quantised layer; its activation is fused where ``decision`` says so."""
         scale = torch.ones_like(decision.scale) if decision.folded else decision.scale
-        # absmax ** (1 - alpha) at alpha = 0 is the given scale itself.
-        return CrossQuantLinear.from_linear(
-            linear, scale, alpha=0.0, wbits=self.wbits, abits=self.abits, activation=decision.activation
+        return CrossQuantLinear.from_scale(
+            linear, scale, abits=self.abits, activation=decision.activation, **self.row_step(details)
         )
+
+    def row_step(self, details: Mapping[str, Scalar]) -> dict[str, Any]:
+        """Return the layer's options of the row step."""
+        return {}
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Calibrate all linear layers, choose their scales, and find what can be folded and fused."""
@@ -108,7 +112,9 @@ class QuantizedLinears(Method):
         summary: dict[str, Scalar] = {"int8 layers": len(decisions), "fused activations": len(absorbed)}
         if self.mode == "fold":
             summary |= {"folded layers": len(decisions) - unfolded, "divided at run time": unfolded}
-        return Plan(tuple(layers.values()), _Payload(decisions, folds, absorbed), summary, self._warnings())
+        rest = self._rest(model, context, decisions, absorbed)
+        plans = (*layers.values(), *(layer for layer in rest.layers if layer.name not in layers))
+        return Plan(plans, _Payload(decisions, folds, absorbed, rest), summary)
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
         """Scale producers, convert the layers one by one, drop absorbed activations, cast the rest."""
@@ -125,9 +131,8 @@ class QuantizedLinears(Method):
             replace_module(model, name, self.layer(linear, decision, details[name]))  # type: ignore[arg-type]
         for name in payload.absorbed:
             replace_module(model, name, nn.Identity())
-        if self.activations != "keep" and payload.decisions:
-            rest = Cast(self.activations)
-            rest.apply(model, rest.plan(model, Context()))
+        if payload.rest.layers:
+            Cast(self.activations).apply(model, payload.rest)
 
     def _fold(
         self, model: nn.Module, context: Context, decisions: dict[str, Decision], stats: Mapping[str, Calibration]
@@ -143,14 +148,21 @@ class QuantizedLinears(Method):
                 decisions[name] = Decision(shared, folded=True)
         return folds
 
+    def _rest(
+        self, model: nn.Module, context: Context, decisions: Mapping[str, Decision], absorbed: tuple[str, ...]
+    ) -> Plan:
+        """Plan the cast of what is neither quantised nor absorbed."""
+        if self.activations == "keep" or not decisions:
+            return Plan(())
+        plan = Cast(self.activations).plan(model, context)
+        taken = {*decisions, *absorbed}
+        return replace(plan, layers=tuple(layer for layer in plan.layers if layer.name not in taken))
+
     def _fuse(self, model: nn.Module, context: Context, decisions: dict[str, Decision]) -> tuple[str, ...]:
         pairs = activations_after(model, context, decisions)
         for name, (_, kind) in pairs.items():
             decisions[name] = Decision(decisions[name].scale, decisions[name].folded, kind)
         return tuple(module for module, _ in pairs.values())
-
-    def _warnings(self) -> tuple[str, ...]:
-        return ()
 
 
 def _refusal(model: nn.Module, module: nn.Linear, stats: Calibration) -> str:

@@ -18,9 +18,11 @@ from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice, check_probability
 from quernel.compress._method import Method, Scalar
-from quernel.compress.quant._calibration import Calibration, migration_scale, output_error
+from quernel.compress.quant._calibration import Calibration, output_error
 from quernel.compress.quant._quantized_linears import Decision, QuantizedLinears, example_for
-from quernel.nn import CrossQuantLinear, DynamicCrossQuantLinear
+from quernel.nn import DynamicCrossQuantLinear
+from quernel.nn.functional.activation_quant import quantization_kernel
+from quernel.nn.linear.crossquant import channel_scale
 
 ALPHAS = (0.15, 0.3, 0.5, 0.65, 0.8, 1.0)
 
@@ -100,29 +102,34 @@ class CrossQuant(QuantizedLinears):
         """Return s = c ** (1 - alpha) and the alpha, tuned on the sample if "auto"."""
         absmax = stats.absmax.value.float()
         if self.alpha != "auto":
-            return migration_scale(absmax, 1 - self.alpha), {"alpha": self.alpha}
+            return channel_scale(absmax, self.alpha), {"alpha": self.alpha, **self._kernels(stats, self.alpha)}
         errors = {
-            a: output_error(stats.sample, weight.cpu(), migration_scale(absmax, 1 - a), abits=self.abits)
-            for a in ALPHAS
+            a: output_error(stats.sample, weight.cpu(), channel_scale(absmax, a), abits=self.abits) for a in ALPHAS
         }
         best = min(errors, key=lambda a: errors[a])
-        return migration_scale(absmax, 1 - best), {"alpha": best, "calibration_error": errors[best]}
+        details = {"alpha": best, "calibration_error": errors[best], **self._kernels(stats, best)}
+        return channel_scale(absmax, best), details
 
     def layer(self, linear: nn.Linear, decision: Decision, details: Mapping[str, Scalar]) -> nn.Module:
-        """Return the int8 layer; the bound row step needs alpha and the maxima themselves."""
-        alpha = details["alpha"]
-        if self.mode == "dynamic":
-            return DynamicCrossQuantLinear.from_linear(
-                linear, alpha=alpha, wbits=self.wbits, abits=self.abits, activation=decision.activation
-            )
-        if self.row == "tight" or alpha == 1:
+        """Return the int8 layer, or the floating-point reference of ``mode="dynamic"``."""
+        if self.mode != "dynamic":
             return super().layer(linear, decision, details)
-        absmax = decision.scale ** (1 / (1 - float(alpha)))  # type: ignore[arg-type]
-        return CrossQuantLinear.from_linear(
-            linear, absmax, alpha=alpha, wbits=self.wbits, abits=self.abits, row="bound", activation=decision.activation
+        return DynamicCrossQuantLinear.from_linear(
+            linear, alpha=details["alpha"], wbits=self.wbits, abits=self.abits, activation=decision.activation
         )
 
-    def _warnings(self) -> tuple[str, ...]:
-        if self.mode != "dynamic":
-            return ()
-        return ('mode="dynamic" quantises activations in floating point: for reference, it wins no time',)
+    def row_step(self, details: Mapping[str, Scalar]) -> dict[str, Any]:
+        """Return alpha, which ``row="bound"`` needs at run time."""
+        return {"alpha": details["alpha"], "row": self.row}
+
+    @property
+    def simulated(self) -> bool:
+        """Whether time is only said to be won: ``mode="dynamic"`` quantises activations in floating point."""
+        return self.mode == "dynamic"
+
+    def _kernels(self, stats: Calibration, alpha: float) -> dict[str, Scalar]:
+        """Return the share of activations that round to zero, beside that of per-token steps."""
+        return {
+            "kernel": quantization_kernel(stats.sample, self.abits, "cross", alpha),
+            "kernel_per_token": quantization_kernel(stats.sample, self.abits, "token"),
+        }

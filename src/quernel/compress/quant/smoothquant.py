@@ -14,23 +14,16 @@ from torch import Tensor
 from quernel._registry import register
 from quernel._validate import check_choice, check_probability
 from quernel.compress._method import Scalar
-from quernel.compress.quant._calibration import Calibration, migration_scale
+from quernel.compress.quant._calibration import Calibration
 from quernel.compress.quant._quantized_linears import QuantizedLinears, example_for
+from quernel.nn.linear.crossquant import channel_scale
 
 
 def _example() -> dict[str, Any]:
     return example_for(SmoothQuant())
 
 
-@register(
-    "crossquant",
-    pillar="compress",
-    contract="method",
-    paper="2211.10438",
-    status="stable",
-    headline=False,
-    example=_example,
-)
+@register("smoothquant", pillar="compress", contract="method", paper="2211.10438", status="stable", example=_example)
 @dataclass(frozen=True)
 class SmoothQuant(QuantizedLinears):
     """The same int8 layers with SmoothQuant's scale, s = c^m / max_k |W_kj|^(1-m): the peer to compare with.
@@ -57,7 +50,6 @@ class SmoothQuant(QuantizedLinears):
     def choose(self, weight: Tensor, stats: Calibration) -> tuple[Tensor, Mapping[str, Scalar]]:
         """Return s from channel maxima of activations and of the weight's columns."""
         columns = weight.cpu().abs().amax(dim=0)
-        scale = migration_scale(stats.absmax.value.float(), self.migration) / migration_scale(
-            columns, 1 - self.migration
-        )
+        # channel_scale(c, alpha) is c ** (1 - alpha) with dead channels taken care of.
+        scale = channel_scale(stats.absmax.value, 1 - self.migration) / channel_scale(columns, self.migration)
         return scale, {"migration": self.migration}

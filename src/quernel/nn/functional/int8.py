@@ -11,27 +11,22 @@ The rows run in blocks, each through all three passes while its int32 sums are i
 from __future__ import annotations
 
 import functools
+import struct
+import sys
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
 from quernel._intrinsics import portable
-from quernel._threads import parallel_ranges, workspace
 from quernel._validate import check_choice, check_int, check_probability
+from quernel.nn import _int8_chain
 from quernel.nn._int8_kernels import ACTIVATIONS, SMALLEST, dequantiser, quantiser
 
 # From this many products of 127 * 127 on, an int32 sum could overflow.
 MAX_FEATURES = (2**31 - 1) // 127**2
-# Rows of one pass of the chain: enough to amortise the GEMM's repacking of the weight, few enough for the cache.
-BLOCK = 512
-# A thread gets at least this many rows; below, the GEMM's own threads do better.
-GRAIN = 64
-# Up to here, fresh memory is cheaper than finding the kept one.
-FEW_ROWS = 32
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TINY = float(SMALLEST)
 
@@ -131,43 +126,39 @@ def _compute(
     activation: str | None,
 ) -> Tensor:
     _check(x, codes, scale, bias, inverse)
-    if x.dtype is not torch.bfloat16 and x.dtype is not torch.float32:
+    bf16 = x.dtype is torch.bfloat16
+    if not bf16 and x.dtype is not torch.float32:
         return _compute(x.float(), codes, scale, bias, inverse, levels, alpha, activation).to(x.dtype)
     out_features, in_features = codes.shape
     # torch's int8 GEMM leaves its output unwritten for one input feature (it trusts the stride of an axis of size
     # one), and is a plain triple loop on processors without AVX-512 VNNI.
-    if not x.numel() or not out_features or in_features == 1 or portable():
+    if not x.numel() or not out_features or in_features == 1 or portable() or not _int8_chain.available():
         return _plain(x, codes, scale, bias, inverse, levels, alpha, activation)
-    rows = x if x.ndim == 2 else x.reshape(-1, in_features)
-    n = rows.shape[0]
-    bf16 = x.dtype is torch.bfloat16
-    out = torch.empty((n, out_features), dtype=x.dtype, device=x.device)
-    x_array, out_array, column = _array(rows), _array(out), _constant(scale)
-    offset = _zeros(out_features) if bias is None else _constant(bias)
+    x = x if x.is_contiguous() else x.contiguous()
+    out = x.new_empty((*x.shape[:-1], out_features))
+    # The names keep the memory behind the addresses alive.
+    column, offset = _constant(scale), _zeros(out_features) if bias is None else _constant(bias)
     factors = column if inverse is None else _constant(inverse)  # not read where there is no inverse
-    exponent = 0.0 if alpha is None else alpha
-    quantise = quantiser(bf16, inverse is not None, alpha is not None)
-    dequantise = dequantiser(bf16, ACTIVATIONS[activation])
-    # A view of the row-major weight: what the GEMM wants at few rows, and no worse at many.
-    weight = (codes if codes.stride() == (in_features, 1) else codes.clone(memory_format=torch.contiguous_format)).t()
+    weight = codes if codes.stride() == (in_features, 1) else codes.clone(memory_format=torch.contiguous_format)
+    operands = (
+        x.data_ptr(),
+        factors.data_ptr(),
+        levels,
+        0 if alpha is None else _bits(alpha),
+        weight.data_ptr(),
+        column.data_ptr(),
+        offset.data_ptr(),
+        out.data_ptr(),
+    )
+    quantise = quantiser(bf16, inverse is not None, alpha is not None).address
+    dequantise = dequantiser(bf16, ACTIVATIONS[activation]).address
+    n = x.numel() // in_features
+    _int8_chain.apply(quantise, dequantise, operands, n, in_features, out_features, x.element_size())
+    return out
 
-    def chain(start: int, stop: int) -> None:
-        block = min(BLOCK, stop - start)
-        q, sums, q_array, sums_array, steps = _buffers(block, in_features, out_features)
-        for first in range(start, stop, block):
-            last = min(first + block, stop)
-            m = last - first
-            if m < block:
-                q, sums, q_array, sums_array, steps = q[:m], sums[:m], q_array[:m], sums_array[:m], steps[:m]
-            quantise(x_array[first:last], factors, levels, exponent, q_array, steps)
-            torch._int_mm(q, weight, out=sums)
-            dequantise(sums_array, steps, column, offset, out_array[first:last])
 
-    if n < 2 * GRAIN:
-        chain(0, n)
-    else:
-        parallel_ranges(chain, n, grain=GRAIN)
-    return out if x.ndim == 2 else out.view(*x.shape[:-1], out_features)
+def _bits(number: float) -> int:
+    return int.from_bytes(struct.pack("=d", number), sys.byteorder, signed=True)
 
 
 def _plain(
@@ -223,32 +214,14 @@ def _check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, inverse
             )
 
 
-def _buffers(rows: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor, Any, Any, Any]:
-    """Return codes and sums of a block, each also as an array, and the row steps."""
-    if rows <= FEW_ROWS:
-        q_array, sums_array = np.empty((rows, in_features), np.int8), np.empty((rows, out_features), np.int32)
-        q, sums = torch.from_numpy(q_array), torch.from_numpy(sums_array)
-    else:
-        q = workspace("int8_linear", rows * in_features, torch.int8).view(rows, in_features)
-        sums = workspace("int8_linear", rows * out_features, torch.int32).view(rows, out_features)
-        q_array, sums_array = q.numpy(), sums.numpy()
-    return q, sums, q_array, sums_array, np.empty(rows, np.float32)
-
-
-def _array(tensor: Tensor) -> Any:
-    """Return a contiguous array over a tensor; bfloat16 as its uint16 bits."""
-    tensor = tensor.detach() if tensor.requires_grad else tensor
-    tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
-
-
-def _constant(vector: Tensor) -> Any:
-    return _array(vector if vector.dtype is torch.float32 else vector.float())
+def _constant(vector: Tensor) -> Tensor:
+    fits = vector.dtype is torch.float32 and vector.is_contiguous()
+    return vector if fits else vector.to(torch.float32).contiguous()
 
 
 @functools.lru_cache(maxsize=64)
-def _zeros(size: int) -> Any:
-    return np.zeros(size, np.float32)
+def _zeros(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.float32, device="cpu")
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:

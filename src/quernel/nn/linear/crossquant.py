@@ -187,11 +187,44 @@ class CrossQuantLinear(StoredLinear):
             raise QuernelError(f"linear.weight must have two dimensions; got shape {tuple(linear.weight.shape)}")
         if check_int("wbits", wbits) != 8:
             raise QuernelError(f"wbits must be 8, the width that is stored and multiplied here; got {wbits}")
-        scale = channel_scale(absmax, alpha).to(linear.weight.device)
+        scale = channel_scale(absmax, alpha)
         if tuple(scale.shape) != (linear.in_features,):
             raise QuernelError(
                 f"absmax must have shape ({linear.in_features},), one entry an input channel; got {tuple(scale.shape)}"
             )
+        return cls.from_scale(linear, scale, alpha=alpha, abits=abits, bias=bias, row=row, activation=activation)
+
+    @classmethod
+    def from_scale(
+        cls,
+        linear: nn.Linear,
+        scale: Tensor,
+        *,
+        alpha: float = 1.0,
+        abits: int = 8,
+        bias: bool = True,
+        row: Literal["tight", "bound"] = "tight",
+        activation: str | None = None,
+    ) -> Self:
+        """Quantise a trained layer with channel scales chosen by any rule.
+
+        Parameters
+        ----------
+        linear : nn.Linear
+            Left as it is.
+        scale : Tensor, shape (in_features,)
+            Positive; the input is divided by it and the weight multiplied.
+        alpha : float, default=1.0
+            Exponent of the row maximum for ``row="bound"``, in [0, 1].
+        abits, bias, row, activation
+            As in ``from_linear``.
+        """
+        check_finite("scale", scale)
+        if tuple(scale.shape) != (linear.in_features,) or bool((scale <= 0).any()):
+            raise QuernelError(
+                f"scale must be positive with shape ({linear.in_features},); got shape {tuple(scale.shape)}"
+            )
+        scale = scale.detach().float().to(linear.weight.device)
         weight = Int8Weight.from_dense(linear.weight.detach().float() * scale)
         kept = linear.bias if bias else None
         if kept is not None:

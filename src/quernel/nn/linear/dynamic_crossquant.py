@@ -10,16 +10,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from quernel._registry import register
 from quernel._validate import check_choice, check_int, check_probability
 from quernel.nn._stored import StoredLinear
 from quernel.nn.functional.activation_quant import fake_quantize
+from quernel.nn.functional.activations import FUSIBLE
 from quernel.nn.weights._base import StoredWeight
 from quernel.nn.weights.int8 import Int8Weight
-
-_ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
 
 def _example() -> dict[str, Any]:
@@ -76,7 +74,7 @@ class DynamicCrossQuantLinear(StoredLinear):
         super().__init__(weight, bias)
         self.alpha = check_probability("alpha", alpha)
         self.abits = check_int("abits", abits, low=2, high=8)
-        self.activation = check_choice("activation", activation, (None, *_ACTIVATIONS))
+        self.activation = check_choice("activation", activation, (None, *FUSIBLE))
 
     @classmethod
     def from_linear(
@@ -90,7 +88,7 @@ class DynamicCrossQuantLinear(StoredLinear):
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         """Quantise the batch, multiply in floating point."""
         y = super().forward(fake_quantize(x, bits=self.abits, alpha=self.alpha))
-        return y if self.activation is None else _ACTIVATIONS[self.activation](y)
+        return y if self.activation is None else FUSIBLE[self.activation](y)
 
     def config(self) -> dict[str, Any]:
         """Return weight, bias, alpha, bits and activation."""
