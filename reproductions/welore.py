@@ -9,8 +9,9 @@ What does not hold, and why: the tiny language model gains at 20 and 30 % and lo
 Muon, whose orthogonalised steps leave flat spectra: the stable rank of its queries and keys is 17 % of the full rank,
 against 5 % in stories260K, so there is little to tell the matrices apart by.  At 70 % of its parameters all its
 matrices are low-rank components, so fine-tuning uses a MiniLM of 70 % on SST-2 instead.  There, training factors
-matches full fine-tuning, but training the dense matrices does so too: all arms end within 2 % of each other, less
-than seeds differ, and the preference for low-rank components cannot be seen on this task.
+matches full fine-tuning in 0.6 of its memory, but only 1.1 times as fast where the paper has 3.  And the 16 matrices
+that stayed dense, all of attention, learn 0 to 4 % better than as many parameters in factors: the paper's preference
+for low-rank components, seen on models of 7 billion parameters, does not carry over to this encoder.
 """
 
 from __future__ import annotations

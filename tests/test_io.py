@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
-from quernel._errors import FormatError
+from quernel._errors import FormatError, QuernelError
 from quernel._io import CONFIG, digest_of, read_folder, write_folder
 from quernel._load import load, save_model
 
@@ -47,6 +48,48 @@ def test_foreign_keys_of_config_are_kept(tmp_path):
     write_folder(tmp_path, {}, {})
     write_folder(tmp_path, {"again": True}, {})
     assert json.loads((tmp_path / CONFIG).read_text())["model_type"] == "bert"
+
+
+def test_content_is_digested_as_a_reader_sees_it(tmp_path):
+    write_folder(tmp_path, {"names": {i: str(i) for i in range(12)}, "pair": (1, 2)}, {}, foreign={2: "b", "a": 1})
+    folder = read_folder(tmp_path)
+    assert folder.content == {"names": {str(i): str(i) for i in range(12)}, "pair": [1, 2]}
+    assert folder.foreign == {"2": "b", "a": 1}
+    with pytest.raises(QuernelError, match="content must be JSON"):
+        write_folder(tmp_path, {"x": {1, 2}}, {})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "model-0123456789abcdef.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "modules.json",
+    ],
+)
+@pytest.mark.parametrize("config", [None, '{"model_type": "bert"}'])
+def test_folder_with_weights_of_others_is_refused_and_untouched(tmp_path, name, config):
+    if config:
+        (tmp_path / CONFIG).write_text(config)
+    if name.endswith(".safetensors"):
+        safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / name, metadata={"format": "pt"})
+    else:
+        (tmp_path / name).write_bytes(b"theirs")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(QuernelError, match="did not save"):
+        save_model(small(), tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_own_leftover_of_a_killed_first_save_is_replaced(tmp_path):
+    write_folder(tmp_path, {}, {"x": torch.ones(2)})
+    (tmp_path / CONFIG).unlink()
+    write_folder(tmp_path, {}, {"x": torch.zeros(3)})
+    assert torch.equal(read_folder(tmp_path).tensors["x"], torch.zeros(3))
 
 
 def test_second_save_replaces_the_first_and_leaves_no_old_tensors(tmp_path):

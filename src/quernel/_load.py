@@ -157,7 +157,7 @@ def build_architecture(architecture: Mapping[str, Any], path: Path, files: Path 
         with fitting(file, f"{field}.config"):
             model = cls.from_portable(config, files) if hasattr(cls, "from_portable") else cls.from_config(config)
     elif library == "transformers":
-        model = _transformers_model(str(name), config, architecture.get("attention"), file)
+        model = _transformers_model(str(name), dict(config or {}), architecture.get("attention"), file)
     else:
         raise QuernelError(
             f"{path} holds a model of class {name!r}, which Quernel cannot build by itself. "

@@ -10,11 +10,17 @@ from torch import nn
 import quernel
 from quernel._errors import FormatError, QuernelError
 from quernel._machine import processor_name
-from quernel.compress import Cast, Context, LayerPlan, Plan, WeightInt8, compress, methods_from_recipe
+from quernel.compress import Cast, Context, LayerPlan, Plan, WeightInt8, _measure, compress, methods_from_recipe
 from quernel.compress._compress import ordered
 from quernel.compress._context import observe_inputs, run_batch
 from quernel.compress._method import Method, PerModuleMethod
 from quernel.nn.weights import unique_bytes
+
+
+@pytest.fixture(autouse=True)
+def short_timings(monkeypatch):
+    """No test here reads a latency closely."""
+    monkeypatch.setattr(_measure, "LATENCY_SECONDS", 0.05)
 
 
 def net() -> nn.Module:

@@ -1,4 +1,4 @@
-"""What methods may look at: fused modules are left alone, masks and keywords reach the statistics, data is read often."""
+"""What methods may look at: fused modules stay, masks and keywords reach the statistics."""
 
 import pytest
 import torch

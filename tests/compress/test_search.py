@@ -10,9 +10,17 @@ import torch
 from torch import nn
 
 from quernel._errors import FormatError, QuernelError
-from quernel.compress import Budget, Cast, Method, WeightInt8, search
+from quernel.compress import Budget, Cast, Method, WeightInt8, _measure, _trial, search
 from quernel.compress._menu import Point, combinations, front
 from quernel.compress._trial import Trial, data_digest
+
+
+@pytest.fixture(autouse=True)
+def short_timings(monkeypatch):
+    """No test here reads a latency closely."""
+    monkeypatch.setattr(_measure, "LATENCY_SECONDS", 0.05)
+    monkeypatch.setattr(_trial, "LATENCY_SECONDS", 0.02)
+
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()

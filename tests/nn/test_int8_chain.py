@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quernel._errors import QuernelError
+from quernel._intrinsics import portable
 from quernel.nn import _int8_chain as chain
 from quernel.nn.functional import int8_linear
 
@@ -14,7 +15,7 @@ def operands(n, k=40, m=9):
     return torch.randn(n, k, generator=g), codes, torch.rand(m, generator=g), torch.randn(m, generator=g)
 
 
-pytestmark = pytest.mark.skipif(not chain.available(), reason="this torch lacks the C interface")
+pytestmark = pytest.mark.skipif(portable() or not chain.available(), reason="plain operations are used here")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])

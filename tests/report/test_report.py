@@ -80,7 +80,7 @@ def test_numpy_scalars_become_python_ones() -> None:
         ({"bytes_after": 2**63}, "bytes_after must be an integer"),
         ({"latency_ms_after": -1.0}, "latency_ms_after must be a finite number"),
         ({"metric_after": "good"}, "metric_after must be a finite number; got 'good'"),
-        ({"metric_after": 10**400}, "metric_after must fit a float"),
+        ({"metric_after": 10**400}, "metric_after must be a finite number"),
         ({"metric_interval": (1.0, 0.0)}, "metric_interval must have low <= high"),
         ({"metric_interval": 1.0}, "metric_interval must be a pair"),
         ({"layers": [{}]}, "layers must be a sequence of LayerReport"),

@@ -72,5 +72,6 @@ def test_share_bar_never_leaves_its_box() -> None:
 
 def test_a_known_front_is_drawn_as_it_is() -> None:
     points = [Point(10, 0.5, "a", "a"), Point(20, 0.4, "b", "b")]
-    marks = [e.attrib["class"] for e in ET.fromstring(pareto_plot(points, FRAME, points[1:])).iter("g")]
+    groups = ET.fromstring(pareto_plot(points, FRAME, points[1:])).iter("g")
+    marks = [e.attrib.get("class", "") for e in groups]
     assert [m for m in marks if m.startswith("mark")] == ["mark behind", "mark on-front"]

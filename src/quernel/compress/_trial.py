@@ -148,10 +148,10 @@ def failed(candidate: tuple[Method, ...], error: Exception) -> Trial:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Return the bytes of the files that saving the model writes."""
+    """Return the bytes of the files that saving the model writes, without those of a tokenizer."""
     with tempfile.TemporaryDirectory(prefix="quernel-") as folder:
         save_model(model, folder)
-        return sum(file.stat().st_size for file in Path(folder).iterdir())
+        return sum(file.stat().st_size for file in Path(folder).iterdir() if file.is_file())
 
 
 def weights_digest(model: nn.Module) -> str:

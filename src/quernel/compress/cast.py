@@ -7,7 +7,6 @@ and buffer is cast in place, except in layer, group and batch norms and inside w
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from quernel._module_tree import is_registered
 from quernel._registry import register
 from quernel._validate import check_choice
-from quernel.compress._context import Context, opaque_parents
+from quernel.compress._context import Context, is_below, opaque_parents
 from quernel.compress._method import LayerPlan, Method, Plan
 from quernel.nn import StoredConv2d, StoredLinear, replace_module
 from quernel.nn.weights import DenseWeight
@@ -88,12 +87,12 @@ class Cast(Method):
                 continue
             elif not context.allows(name):
                 left_out.append(name)
-            elif half and isinstance(module, MIXED_NORMS) and not _inside(name, fused):
+            elif half and isinstance(module, MIXED_NORMS) and not is_below(name, fused):
                 layers.append(LayerPlan(name, "keep", "norms take both dtypes"))
             else:
                 layers.append(LayerPlan(name, self.dtype))
         # Layers that the user left out keep their numbers, but must take what their neighbours now send.
-        adapted = tuple(n for n in left_out if _is_plain(model.get_submodule(n)) and not _inside(n, fused))
+        adapted = tuple(n for n in left_out if _is_plain(model.get_submodule(n)) and not is_below(n, fused))
         return Plan(tuple(layers), (adapted if layers else (), fused))
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
@@ -102,7 +101,7 @@ class Cast(Method):
         dtypes = dict.fromkeys(adapted) | {layer.name: self.dtype for layer in plan.layers if not layer.skipped}
         for name, dtype in dtypes.items():
             module = model.get_submodule(name)
-            if name and _is_plain(module) and not _inside(name, fused):
+            if name and _is_plain(module) and not is_below(name, fused):
                 replace_module(model, name, _stored(module, dtype or dtype_name(module.get_parameter("weight").dtype)))
             else:
                 # As model.bfloat16() does: torch's fused attention needs all its tensors in one dtype.
@@ -124,10 +123,6 @@ class Cast(Method):
 
 def _is_plain(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.Conv2d)
-
-
-def _inside(name: str, parents: Collection[str]) -> bool:
-    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
 
 
 def _stored(module: nn.Module, dtype: str) -> nn.Module:

@@ -95,7 +95,7 @@ def _train(chosen: Mapping[str, Any], progress: Progress | None) -> tuple[TinyLM
                 group["lr"] = _LEARNING_RATE * min((step + 1) / _WARM_UP, max(1 - step / steps, _LAST))
             optimizer.zero_grad()
         loss = _loss(model, _crops(ids["train"], _LONG if step % _LONG_EVERY == 0 else _SHORT, generator))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
         for optimizer in optimizers:
             optimizer.step()

@@ -79,7 +79,7 @@ def check_damaged_files(cls: type) -> None:
     wanted = run(module, inputs)
     with tempfile.TemporaryDirectory() as name:
         folder = save_model(_holder(cls, module), name)
-        files = {file: file.read_bytes() for file in folder.iterdir()}
+        files = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
         for i in range(MUTATIONS):
             file = sorted(files)[i % len(files)]
             file.write_bytes(_mutated(files[file], i))

@@ -6,6 +6,7 @@ and row look-ups follow from that and are overridden where the format has a fast
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -32,6 +33,21 @@ class StoredWeight(nn.Module):
     """
 
     shape: tuple[int, ...]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """In a function of torch, a stored weight stands for its dense tensor.
+
+        Modules of torch that read ``layer.weight`` of their children (``TransformerEncoderLayer``) look for this
+        method and then call the children instead of a fused kernel.
+        """
+
+        def decoded(value: Any) -> Any:
+            return value.dense() if isinstance(value, StoredWeight) else value
+
+        return func(*map(decoded, args), **{k: decoded(v) for k, v in (kwargs or {}).items()})
 
     def dense(self) -> Tensor:
         """Return the weight as a plain tensor of shape ``self.shape`` in the format's compute dtype."""
