@@ -55,7 +55,10 @@ def test_report_counts_what_is_stored_and_measures_errors():
     assert {layer.name for layer in report.layers} == {"0", "2"}
     assert all(0 < layer.relative_error < 0.02 for layer in report.layers)
     assert report.metric_before == pytest.approx(report.metric_after, rel=0.1)
-    assert report.latency_ms_before > 0 and report.latency_ms_after > 0
+    if report.latency_ms_before is None:  # the machine was busy, and the report says so
+        assert any("latency not measured" in warning for warning in report.warnings)
+    else:
+        assert report.latency_ms_before > 0 and report.latency_ms_after > 0
 
 
 def test_mode_and_device_are_kept():

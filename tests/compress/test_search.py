@@ -95,7 +95,7 @@ def test_combinations_use_each_stage_once_and_only_front_points():
 def test_interrupted_search_resumes_where_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(Budget(drop=0.5), evaluate=(Counter(fail_at=3), closeness), resume=tmp_path)
-    assert len(list((tmp_path / "trials").iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 1
     again = Counter()
     result = run(Budget(drop=0.5), evaluate=(again, closeness), resume=tmp_path)
     assert again.calls == 2  # the untouched model, and the one trial that was not stored
@@ -106,14 +106,14 @@ def test_interrupted_search_resumes_where_it_was(tmp_path):
 
 def test_other_weights_or_data_find_no_stored_trials(tmp_path):
     run(Budget(drop=0.5), resume=tmp_path)
-    count = len(list((tmp_path / "trials").iterdir()))
+    count = len(list(tmp_path.iterdir()))
     run(Budget(drop=0.5), resume=tmp_path, data=[X + 1])
-    assert len(list((tmp_path / "trials").iterdir())) == 2 * count
+    assert len(list(tmp_path.iterdir())) == 2 * count
 
 
 def test_damaged_trial_file_is_named(tmp_path):
     run(Budget(drop=0.5), resume=tmp_path)
-    file = sorted((tmp_path / "trials").iterdir())[0]
+    file = sorted(tmp_path.iterdir())[0]
     file.write_text(file.read_text()[:20])
     with pytest.raises(FormatError, match=file.name):
         run(Budget(drop=0.5), resume=tmp_path)
@@ -201,7 +201,7 @@ def test_a_crashing_candidate_costs_only_itself(tmp_path):
     result = run(Budget(drop=0.5), methods=[Crashing(), Cast()], resume=tmp_path)
     assert [t.reason for t in result.trials if not t.ok] == ["RuntimeError: kernel fell over"]
     assert result.chosen == (Cast(),)
-    assert len(list((tmp_path / "trials").iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_simulated_candidates_are_refused():
@@ -232,9 +232,9 @@ def doubled(model, batch):
 
 def test_another_forward_finds_no_stored_trials(tmp_path):
     run(Budget(drop=0.5), resume=tmp_path, forward=plain)
-    count = len(list((tmp_path / "trials").iterdir()))
+    count = len(list(tmp_path.iterdir()))
     run(Budget(drop=0.5), resume=tmp_path, forward=doubled)
-    assert len(list((tmp_path / "trials").iterdir())) == 2 * count
+    assert len(list(tmp_path.iterdir())) == 2 * count
 
 
 def test_anything_with_submit_runs_the_trials():

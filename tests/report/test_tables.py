@@ -20,7 +20,7 @@ def test_text_starts_with_the_headline(report: Report) -> None:
     assert lines[2:6] == [
         "measure before after change",
         "size 90.0 MB 30.0 MB 3.00x smaller",
-        "latency 300 ms 100 ms 3.10x faster",
+        "latency 300 ms 100 ms 3.10x faster (paired)",
         "spearman 0.8200 0.8196 -0.0004 (95 % interval -0.0012 to +0.0004)",
     ]
     assert "size at most 50 % of before, metric drop at most 0.01: met" in report.table()

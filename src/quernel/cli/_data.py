@@ -31,8 +31,8 @@ def data(
     elif name:
         table(("field", "value"), [(key, _text(value)) for key, value in sets[0].items()])
     else:
-        rows = [(s["name"], " ".join(s["present"]) or "absent", s["licence"], s["summary"]) for s in sets]
-        table(("name", "present", "licence", "summary"), rows)
+        rows = [(s["name"], "yes" if s["present"] else "absent", s["summary"]) for s in sets]
+        table(("name", "present", "summary"), rows)
 
 
 def _text(value: object) -> str:

@@ -35,8 +35,11 @@ def note(message: str) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
     """Print a table; the last column takes the room that is left."""
     drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        drawn.add_column(name, overflow="fold", no_wrap=name != columns[-1])
+    # The first column is what a reader types next: it is never cut.
+    widest = max((len(str(row[0])) for row in rows), default=0)
+    for i, name in enumerate(columns):
+        width = max(widest, len(name)) if i == 0 else None
+        drawn.add_column(name, overflow="fold", no_wrap=name != columns[-1], min_width=width)
     for row in rows:
         drawn.add_row(*(str(cell) if cell not in (None, "") else "-" for cell in row))
     console().print(drawn)

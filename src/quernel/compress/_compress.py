@@ -27,6 +27,7 @@ from quernel.compress._measure import (
     environment,
     layer_errors,
     paired_latency,
+    quiet,
 )
 from quernel.compress._method import NEEDS, STAGES, LayerPlan, Method
 from quernel.nn.weights import unique_bytes
@@ -155,14 +156,15 @@ def compress(
     reference = None if inplace else model
     errors = {} if reference is None or dry_run else layer_errors(reference, work, made.comparable, context)
     times = None if reference is None or dry_run else paired_latency(reference, work, context)
+    shown = times if times is not None and quiet(times) else None
     report = Report(
         title=f"{type(model).__name__}: {' + '.join(m.label for m in methods)}",
         methods=tuple(m.label for m in methods),
         bytes_before=bytes_before,
         bytes_after=bytes_before if dry_run else unique_bytes(work),
-        latency_ms_before=None if times is None else times.peer_ms,
-        latency_ms_after=None if times is None else times.ours_ms,
-        latency_speedup=None if times is None else times.ratio,
+        latency_ms_before=None if shown is None else shown.peer_ms,
+        latency_ms_after=None if shown is None else shown.ours_ms,
+        latency_speedup=None if shown is None else shown.ratio,
         metric=None if evaluate is None else metric_name(evaluate),
         metric_before=metric_before,
         metric_after=None
@@ -172,7 +174,7 @@ def compress(
         warnings=(
             *(("dry run: nothing was applied",) if dry_run else ()),
             *made.warnings,
-            *(() if times is None or times.valid else (f"latency: {times.void}",)),
+            *(() if times is None or times.valid else (f"latency{'' if shown else ' not measured'}: {times.void}",)),
         ),
         summary=made.summary,
         environment=environment(),

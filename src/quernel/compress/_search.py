@@ -25,6 +25,7 @@ from quernel.compress._method import Method
 from quernel.compress._trial import (
     Trial,
     TrialStore,
+    alone_ms,
     data_digest,
     failed,
     name_of,
@@ -71,8 +72,12 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.bytes is not None:
-            high = 1.0 if isinstance(self.bytes, float) else None
-            check_float("bytes", self.bytes, low=0, high=high, open_low=True)
+            check_float("bytes", self.bytes, low=0, open_low=True)
+            if isinstance(self.bytes, float) and self.bytes > 1:
+                raise QuernelError(
+                    f"bytes must be a fraction in (0, 1] of the uncompressed file, or a whole number of bytes such as "
+                    f"2000000; got {self.bytes}"
+                )
         if self.drop is not None:
             check_float("drop", self.drop, low=0)
         if self.latency_ms is not None:
@@ -197,7 +202,8 @@ def search(
     select, judge, shared = _judges(evaluate)
     context = Context(data, example_inputs, forward, include, exclude)
     check_needs(model, [], context, finetune)
-    full = Trial((), stored_bytes(model), checked_metric(select, model, "the uncompressed model"))
+    metric = checked_metric(select, model, "the uncompressed model")
+    full = Trial((), stored_bytes(model), metric, alone_ms(model, context))
     identity = {
         "weights": weights_digest(model),
         "data": data_digest(data),

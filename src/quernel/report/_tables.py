@@ -118,6 +118,8 @@ def _headline(report: Report) -> Table:
     speed = (
         units.NOT_MEASURED if report.speedup is None else " ".join(units.in_words(report.speedup, "faster", "slower"))
     )
+    if report.latency_speedup is not None:
+        speed += " (paired)"  # the median of ratios taken side by side, not the ratio of the two medians
     rows = (
         ("size", units.format_bytes(report.bytes_before), units.format_bytes(report.bytes_after), _times(size)),
         ("latency", units.format_ms(report.latency_ms_before), units.format_ms(report.latency_ms_after), _times(speed)),

@@ -93,6 +93,16 @@ def test_fold_leaves_the_division_to_the_norm():
     assert result.report.summary["folded layers"] == 1
 
 
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(), nn.SiLU(), nn.GELU("tanh")])
+def test_error_of_a_layer_with_its_activation_is_that_of_both(activation):
+    errors = {
+        fuse: compress(mlp(activation), CrossQuant(fuse=fuse, activations="keep"), data=[X]).report.layers[1]
+        for fuse in (True, False)
+    }
+    assert errors[True].name == "1" and errors[True].details["activation"]
+    assert errors[True].relative_error < 3 * errors[False].relative_error
+
+
 def test_bfloat16_runs_between_the_layers():
     model = nn.Sequential(nn.Embedding(10, 32), *mlp()).eval()
     ids = torch.arange(10)
