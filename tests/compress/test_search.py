@@ -85,6 +85,15 @@ def test_one_metric_for_both_splits_is_said():
     assert not any("chose it" in w for w in run(Budget(drop=0.5)).report.warnings)
 
 
+def test_a_method_that_loses_alone_is_still_combined():
+    from quernel.compress import WeLore
+
+    whole = Point((), 100, 0.95)
+    points = [Point((WeightInt8(),), 25, 0.95), Point((WeLore(0.2, budget="params"),), 80, 0.94)]
+    assert front(points) == points[:1]
+    assert [len(c) for c in combinations(points, [p.candidate for p in points], whole)] == [2]
+
+
 def test_combinations_use_each_stage_once_and_only_front_points():
     points = [Point((Cast(),), 50, 0.9), Point((WeightInt8(),), 25, 0.8), Point((Cast("float16"),), 60, 0.7)]
     whole = Point((), 100, 1.0)
@@ -296,7 +305,8 @@ def test_combinations_are_few_and_the_best_by_prediction():
     def predicted(candidate):
         return math.prod(part[m].bytes / 100 for m in candidate), sum(1.0 - part[m].metric for m in candidate)
 
-    assert [predicted(c)[0] for c in everything] == sorted(predicted(c)[0] for c in everything)
+    # The same factors multiplied in another order differ in the last bit.
+    assert [predicted(c)[0] for c in everything] == pytest.approx(sorted(predicted(c)[0] for c in everything))
     careful = combinations(points, tried, whole, drop=0.1, most=10_000)
     assert careful == [c for c in everything if predicted(c)[1] <= 0.1] != []
 

@@ -1,7 +1,7 @@
 """What a budget search tries: every registered method's own menu first, then the best of them together.
 
 Singles come from ``Method.menu()`` of all methods in the catalogue whose needs are met. Pairs and
-triples join points of the front of what was measured, one method a stage, so a new method takes part
+triples join points of the fronts of what was measured, one method a stage, so a new method takes part
 by being registered; only those that look best by their parts' numbers are run.
 """
 
@@ -49,20 +49,25 @@ def combinations(
     largest: int = 3,
     most: int = 12,
 ) -> list[Candidate]:
-    """Return the most promising untried unions of front points that use each stage once, smallest first.
+    """Return the most promising untried unions of points that use each stage once, smallest first.
+
+    Parts come from the front of each stage, not of all points: a method that loses to another one alone may
+    still save bytes beside it. Parts that save nothing are left out.
 
     The prediction is plain: shares of the bytes multiply, losses of the metric add up. Unions predicted to
     lose more than ``drop`` are left out, and of the others the ``most`` with the fewest bytes are taken.
     """
     seen = {_names(c) for c in tried}
     found: list[tuple[float, Candidate]] = []
-    best = front(points)
+    stages = {tuple(m.stage for m in point.candidate) for point in points}
+    alike = [[p for p in points if tuple(m.stage for m in p.candidate) == key] for key in sorted(stages)]
+    best = [point for group in alike for point in front(group) if point.bytes < whole.bytes]
     for size in range(2, largest + 1):
         for group in itertools.combinations(best, size):
             joined = [m for point in group for m in point.candidate]
-            stages = [m.stage for m in joined]
+            used = [m.stage for m in joined]
             candidate = tuple(sorted(joined, key=lambda m: STAGES.index(m.stage)))
-            if len(set(stages)) < len(stages) or _names(candidate) in seen:
+            if len(set(used)) < len(used) or _names(candidate) in seen:
                 continue
             seen.add(_names(candidate))
             if drop is None or sum(_loss(point, whole) for point in group) <= drop:
