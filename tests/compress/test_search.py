@@ -52,12 +52,24 @@ def run(budget, **options):
     return search(MODEL, budget, **options)
 
 
-def test_fewest_bytes_within_the_budget_are_chosen():
-    result = run(Budget(bytes=0.6, drop=0.1))
+def test_fewest_bytes_are_chosen_where_only_the_drop_is_limited():
+    result = run(Budget(drop=0.1))
     assert result.satisfied and result.report.satisfied
     within = [t.file_bytes for t in result.trials if t.ok and t.metric >= 1 - 0.1]
     assert [t.file_bytes for t in result.trials if t.candidate == result.chosen] == [min(within)]
     assert [t.label for t in result.report.trials if t.chosen] == [result.chosen[0].label] == ["WeightInt8"]
+
+
+def test_least_loss_is_chosen_where_bytes_are_limited():
+    fine = run(Budget(bytes=0.6, drop=0.01))
+    assert fine.satisfied and [m.label for m in fine.chosen] == ["Cast"]
+    # Both losses lie within one tenth of this drop: what remains is speed or bytes, not noise of the metric.
+    coarse = run(Budget(bytes=0.6, drop=0.5))
+    timed = [t for t in coarse.trials if t.ok]
+    if all(t.latency_ms is not None for t in timed):
+        assert coarse.chosen == min(timed, key=lambda t: t.latency_ms).candidate
+    else:
+        assert [m.label for m in coarse.chosen] == ["WeightInt8"]
 
 
 def test_drop_excludes_the_coarser_method():

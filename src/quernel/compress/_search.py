@@ -6,6 +6,7 @@ is judged once more on another. Finished trials are files, so an interrupted sea
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -153,8 +154,10 @@ def search(
     model : nn.Module
         Left untouched.
     budget : Budget
-        Limits on file bytes, metric drop and latency. Among the candidates within it the one with the
-        fewest bytes is taken; if none is, the one that exceeds it least, and the report says so.
+        Limits on file bytes, metric drop and latency. Of the candidates within it: where bytes are limited,
+        the one that loses least, counted in tenths of the allowed drop, then the fastest if all could be
+        timed, then the smallest; where bytes are not limited, the smallest. If none is within the budget,
+        the one that exceeds it least, and the report says so.
     methods : iterable of Method or of lists of Method, optional
         Candidates; default is every registered method's menu. The best of them are combined as well.
     data, example_inputs, forward, finetune, include, exclude, progress
@@ -291,10 +294,21 @@ class _Runner:
         return combinations(points, [t.candidate for t in self.trials], whole, drop=self.budget.drop, most=most)
 
     def choose(self, done: Sequence[Trial]) -> Trial:
-        """Return the trial with the fewest bytes within the budget, else the one least beyond it."""
+        """Return the best trial within the budget as ``search`` documents it, else the one least beyond it."""
         if self.budget.latency_ms is not None:
             done = [t if t.latency_ms is not None else self._timed(t) for t in done]
-        return min(done, key=lambda t: (self.budget.excess(t, self.full), t.file_bytes, len(t.candidate)))
+        within = [t for t in done if self.budget.excess(t, self.full) == 0]
+        if self.budget.bytes is None or not within:
+            return min(done, key=lambda t: (self.budget.excess(t, self.full), t.file_bytes, len(t.candidate)))
+        timed = all(t.latency_ms is not None for t in within)
+        return min(within, key=lambda t: (self._loss_steps(t), t.latency_ms if timed else 0, t.file_bytes))
+
+    def _loss_steps(self, trial: Trial) -> int:
+        """Return the loss in tenths of the allowed drop (of 1 % of the metric without one): finer is noise."""
+        if trial.metric is None or self.full.metric is None:
+            return 0
+        step = self.budget.drop / 10 if self.budget.drop else 1e-3 * abs(self.full.metric) or 1e-12
+        return math.ceil(max(0.0, self.full.metric - trial.metric) / step)
 
     def _keeps_metric(self, trial: Trial) -> bool:
         if self.budget.drop is None or trial.metric is None or self.full.metric is None:
