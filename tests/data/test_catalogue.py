@@ -60,7 +60,7 @@ def test_digits_are_dealt_out_completely_and_in_balance() -> None:
 
 def _idx(array: np.ndarray) -> bytes:
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    return gzip.compress(header + array.tobytes())
+    return gzip.compress(header + array.tobytes(), mtime=0)
 
 
 def test_idx_round_trip() -> None:
@@ -76,10 +76,11 @@ def test_idx_round_trip() -> None:
     [
         b"",
         b"not gzip",
-        gzip.compress(b"\0\0"),
-        gzip.compress(b"\0\0\x0d\x01\0\0\0\x01x"),
+        gzip.compress(b"\0\0", mtime=0),
+        gzip.compress(b"\0\0\x0d\x01\0\0\0\x01x", mtime=0),
         _idx(np.zeros(9, np.uint8))[:-9],
     ],
+    ids=["empty", "not-gzip", "two-bytes", "wrong-shape", "cut-short"],
 )
 def test_idx_refuses_other_bytes(content: bytes) -> None:
     with pytest.raises(DataError, match="IDX"):
