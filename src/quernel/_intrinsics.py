@@ -103,6 +103,10 @@ class Emitter:
             return self.builder.fadd(self.builder.fmul(a, b), c)
         return self._call(f"llvm.fma.{_mangled(a.type)}", a.type, [a, b, c])
 
+    def sqrt(self, x: Any) -> Any:
+        """Return the square root of a float or of each lane of a vector."""
+        return self._call(f"llvm.sqrt.{_mangled(x.type)}", x.type, [x])
+
     def dot4_u8s8(self, total: Any, unsigned: Any, signed: Any) -> Any:
         """Return ``total`` (16 x i32) plus four products a lane of u8 and s8 (64 x i8 each); wraps around."""
         words = ir.VectorType(I32, LANES)
@@ -116,6 +120,18 @@ class Emitter:
             lanes = ir.Constant(words, list(range(first, 4 * LANES, 4)))
             total = self.builder.add(total, self.builder.shuffle_vector(products, products, lanes))
         return total
+
+    def lookup16(self, table: Any, indices: Any) -> Any:
+        """Return ``table[indices]`` bytewise (64 x i8 each); each lane of 16 bytes has its own 16 entries."""
+        if not self.portable:
+            return self._call("llvm.x86.avx512.pshuf.b.512", table.type, [table, indices])
+        found = self.zeros(table.type)
+        for entry in range(16):
+            places = [octet // 16 * 16 + entry for octet in range(64)]
+            value = self.builder.shuffle_vector(table, table, ir.Constant(ir.VectorType(I32, 64), places))
+            here = self.builder.icmp_unsigned("==", indices, ir.Constant(indices.type, [entry] * 64))
+            found = self.builder.select(here, value, found)
+        return found
 
     def expand_load(self, address: Any, mask: Any, element: Any = F32) -> Any:
         """Load consecutive elements into the lanes whose bit of ``mask`` (i16) is set, zero in the others.

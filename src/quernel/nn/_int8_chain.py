@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
 
 from quernel._errors import QuernelError
 from quernel._threads import native_team, num_threads, parallel_ranges, workspace
-from quernel.nn._int8_kernels import pointer
+from quernel.nn._addresses import I32, I64, make_caller, pointer
 
 # Rows of one pass of the chain: enough to amortise the GEMM's repacking of the weight, few enough for the cache.
 BLOCK = 512
@@ -39,7 +38,6 @@ FIELDS = (
     *("parts", "block", "room", "scratch", "failed"),
 )
 CALL = np.dtype([(name, np.int64) for name in FIELDS])
-I32, I64 = ir.IntType(32), ir.IntType(64)
 
 
 def apply(
@@ -113,32 +111,13 @@ def _torch_functions() -> tuple[int, ...] | None:
     return (*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions), *codes)
 
 
-def _caller(*kinds: Any, returns: Any = I32) -> Any:
-    """Return an intrinsic ``call(address, arguments)`` for C functions of these LLVM types; arguments are int64."""
-    result = types.void if isinstance(returns, ir.VoidType) else types.int32
-
-    @intrinsic
-    def call(typing: Any, address: Any, arguments: Any) -> Any:
-        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            place, values = args
-            words = [builder.extract_value(values, i) for i in range(len(kinds))]
-            words = [w if kind is I64 else builder.trunc(w, kind) for w, kind in zip(words, kinds, strict=True)]
-            function = builder.inttoptr(place, ir.FunctionType(returns, kinds).as_pointer())
-            answer = builder.call(function, words)
-            return context.get_dummy_value() if isinstance(returns, ir.VoidType) else answer
-
-        return result(types.int64, types.UniTuple(types.int64, len(kinds))), emit
-
-    return call
-
-
-_product = _caller(I64, I64, I64)
-_create = _caller(I64, I64, I64, I64, I64, I32, I32, I32, I64)
-_delete = _caller(I64)
-_ask = _caller(I64)  # OpenMP's questions take no argument; one in a register does no harm
-_quantise = _caller(*[I64] * 8, returns=ir.VoidType())
-_dequantise = _caller(*[I64] * 7, returns=ir.VoidType())
-_parallel = _caller(I64, I64, I32, I32, returns=ir.VoidType())
+_product = make_caller(I64, I64, I64)
+_create = make_caller(I64, I64, I64, I64, I64, I32, I32, I32, I64)
+_delete = make_caller(I64)
+_ask = make_caller(I64)  # OpenMP's questions take no argument; one in a register does no harm
+_quantise = make_caller(*[I64] * 8, returns=ir.VoidType())
+_dequantise = make_caller(*[I64] * 7, returns=ir.VoidType())
+_parallel = make_caller(I64, I64, I32, I32, returns=ir.VoidType())
 
 
 @njit(nogil=True, cache=True, fastmath=False)

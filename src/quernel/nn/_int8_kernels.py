@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
+
+from quernel.nn._addresses import pointer
 
 f32, f64, i8, i32, i64, u16, u32 = np.float32, np.float64, np.int8, np.int32, np.int64, np.uint16, np.uint32
 
@@ -30,16 +31,6 @@ ZERO, ONE, NAN = f32(0), f32(1), f32(np.nan)
 # Products may be fused into sums where the result is rounded to the output anyway. Never in the quantisers:
 # their codes must not depend on whether the CPU has a fused multiply-add.
 FUSED = {"contract"}
-
-
-@intrinsic
-def pointer(typing: Any, address: Any) -> Any:
-    """Turn an integer address into what ``carray`` takes."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), emit
 
 
 @functools.cache

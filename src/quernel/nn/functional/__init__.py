@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "fold_batch_norm": ".batch_norm",
+        "int4_linear": ".int4",
         "int8_linear": ".int8",
         "singular_values": ".low_rank",
         "truncated_svd": ".low_rank",

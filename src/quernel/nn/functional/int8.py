@@ -115,7 +115,7 @@ def apply_int8_linear(
     return _op(x, codes, scale, bias, inverse, levels, alpha, activation)
 
 
-def _compute(
+def compute(
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -128,23 +128,23 @@ def _compute(
     _check(x, codes, scale, bias, inverse)
     bf16 = x.dtype is torch.bfloat16
     if not bf16 and x.dtype is not torch.float32:
-        return _compute(x.float(), codes, scale, bias, inverse, levels, alpha, activation).to(x.dtype)
+        return compute(x.float(), codes, scale, bias, inverse, levels, alpha, activation).to(x.dtype)
     out_features, in_features = codes.shape
     # torch's int8 GEMM leaves its output unwritten for one input feature (it trusts the stride of an axis of size
     # one), and is a plain triple loop on processors without AVX-512 VNNI.
     if not x.numel() or not out_features or in_features == 1 or portable() or not _int8_chain.available():
-        return _plain(x, codes, scale, bias, inverse, levels, alpha, activation)
+        return plain(x, codes, scale, bias, inverse, levels, alpha, activation)
     x = x if x.is_contiguous() else x.contiguous()
     out = x.new_empty((*x.shape[:-1], out_features))
     # The names keep the memory behind the addresses alive.
-    column, offset = _constant(scale), _zeros(out_features) if bias is None else _constant(bias)
-    factors = column if inverse is None else _constant(inverse)  # not read where there is no inverse
+    column, offset = float_constant(scale), float_zeros(out_features) if bias is None else float_constant(bias)
+    factors = column if inverse is None else float_constant(inverse)  # not read where there is no inverse
     weight = codes if codes.stride() == (in_features, 1) else codes.clone(memory_format=torch.contiguous_format)
     operands = (
         x.data_ptr(),
         factors.data_ptr(),
         levels,
-        0 if alpha is None else _bits(alpha),
+        0 if alpha is None else bits_of(alpha),
         weight.data_ptr(),
         column.data_ptr(),
         offset.data_ptr(),
@@ -157,11 +157,11 @@ def _compute(
     return out
 
 
-def _bits(number: float) -> int:
+def bits_of(number: float) -> int:
     return int.from_bytes(struct.pack("=d", number), sys.byteorder, signed=True)
 
 
-def _plain(
+def plain(
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -195,10 +195,17 @@ def _check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, inverse
     if codes.ndim != 2 or codes.dtype is not torch.int8:
         raise QuernelError(f"codes must be int8 of shape (out, in); got {codes.dtype} of shape {tuple(codes.shape)}")
     out_features, in_features = codes.shape
+    check_operands(x, out_features, in_features, scale, bias, inverse)
+
+
+def check_operands(
+    x: Tensor, out_features: int, in_features: int, scale: Tensor, bias: Tensor | None, inverse: Tensor | None
+) -> None:
+    """Raise unless all but the codes fit a weight of these features."""
+    weight = f"a weight of shape {(out_features, in_features)}"
     if x.ndim == 0 or x.shape[-1] != in_features or x.dtype not in FLOATS:
         raise QuernelError(
-            f"x must be floating of shape (..., {in_features}) to fit codes of shape {tuple(codes.shape)}; "
-            f"got {x.dtype} of shape {tuple(x.shape)}"
+            f"x must be floating of shape (..., {in_features}) to fit {weight}; got {x.dtype} of shape {tuple(x.shape)}"
         )
     if in_features > MAX_FEATURES:
         raise QuernelError(
@@ -209,18 +216,18 @@ def _check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, inverse
         size = in_features if name == "inverse" else out_features
         if vector is not None and (vector.ndim != 1 or vector.shape[0] != size or vector.dtype not in FLOATS):
             raise QuernelError(
-                f"{name} must be floating of shape ({size},) to fit codes of shape {tuple(codes.shape)}; "
+                f"{name} must be floating of shape ({size},) to fit {weight}; "
                 f"got {vector.dtype} of shape {tuple(vector.shape)}"
             )
 
 
-def _constant(vector: Tensor) -> Tensor:
+def float_constant(vector: Tensor) -> Tensor:
     fits = vector.dtype is torch.float32 and vector.is_contiguous()
     return vector if fits else vector.to(torch.float32).contiguous()
 
 
 @functools.lru_cache(maxsize=64)
-def _zeros(size: int) -> Tensor:
+def float_zeros(size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.float32, device="cpu")
 
 
@@ -232,7 +239,7 @@ def _activate(y: Tensor, activation: str | None) -> Tensor:
     return y if activation is None else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _activate_backward(g: Tensor, y: Tensor, activation: str) -> Tensor:
+def activate_backward(g: Tensor, y: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return g * (y > 0)
     if activation == "silu":
@@ -259,7 +266,7 @@ class _StraightThrough(torch.autograd.Function):
         g = grads[0].float()
         if activation is not None:
             before = _op(x.float(), codes, scale, bias, inverse, levels, alpha, None)
-            g = _activate_backward(g, before, activation)
+            g = activate_backward(g, before, activation)
         bias_grad = g.reshape(-1, g.shape[-1]).sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
         x_grad = (g * scale) @ codes.float()
         x_grad = x_grad if inverse is None else x_grad * inverse
@@ -273,8 +280,8 @@ _library.define(
     "int levels, float? alpha, str? activation) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_library.impl("int8_linear", _compute, "CPU")
-_library.impl("int8_linear", _plain, "CUDA")
+_library.impl("int8_linear", compute, "CPU")
+_library.impl("int8_linear", plain, "CUDA")
 _op = torch.ops.quernel.int8_linear.default
 
 
@@ -291,6 +298,6 @@ def _warmup() -> None:
         x = torch.ones(1, 16, dtype=dtype)
         for inverse in (None, scale):
             for alpha in (None, 1.0):
-                _compute(x, codes, scale, None, inverse, 127, alpha, None)
+                compute(x, codes, scale, None, inverse, 127, alpha, None)
         for activation in ACTIVATIONS:
-            _compute(x, codes, scale, None, None, 127, None, activation)
+            compute(x, codes, scale, None, None, 127, None, activation)
