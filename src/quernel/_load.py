@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from quernel._errors import FormatError, MissingExtraError, QuernelError
-from quernel._io import CONFIG, read_folder, write_folder
+from quernel._io import CONFIG, read_folder, write_atomically, write_folder
 from quernel._module_tree import (
     assign_tensors,
     cast_unsaved_buffers,
@@ -28,7 +28,7 @@ from quernel._module_tree import (
     unsaved_buffer_dtypes,
 )
 from quernel._registry import resolve_class
-from quernel._transformers import harmless_attention, harmless_config
+from quernel._transformers import harmless_attention, harmless_config, tokenizer_files
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module] | None = None) -> Any:
@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
     model : nn.Module or callable, optional
         The uncompressed architecture, or a function that builds it; needed only where the folder cannot
         name it: your own class, and any class of another library than transformers, such as
-        ``SentenceTransformer``. Its weights are replaced.
+        ``SentenceTransformer``. Its weights are replaced, whatever they are.
 
     Returns
     -------
@@ -82,8 +82,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
     architecture, modules = folder.content.get("architecture"), folder.content.get("modules")
     if not isinstance(architecture, dict) or not isinstance(modules, dict):
         raise FormatError(f"{file}: fields 'quernel.content.architecture' and '.modules' must be objects")
+    # A function of the user's may read weights and move them, which tensors without values cannot.
+    given = None if model is None else _given(model)
     with parameters_on_meta():
-        built = _given(model) if model is not None else build_architecture(architecture, folder.path, folder.files)
+        built = build_architecture(architecture, folder.path, folder.files) if given is None else given
         swap_modules(built, modules, file=file)
         cast_unsaved_buffers(built, folder.content.get("buffer_dtypes"), file=file)
     assign_tensors(built, folder.tensors, file=file)
@@ -119,7 +121,10 @@ def save_model(
         "buffer_dtypes": unsaved_buffer_dtypes(model),
         "extra": dict(extra or {}),
     }
-    return write_folder(path, content, dict(model.state_dict()), _foreign_keys(architecture), files)
+    folder = write_folder(path, content, dict(model.state_dict()), _foreign_keys(architecture), files)
+    if architecture["library"] == "transformers":
+        _copy_tokenizer(model, folder)
+    return folder
 
 
 def describe_architecture(model: nn.Module) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -183,8 +188,17 @@ def _transformers_model(name: str, config: Mapping[str, Any], attention: Any, fi
     # from_config and not cls(settings): it applies the attention; no remote code, no kernel of a hub.
     with fitting(file, "quernel.content.architecture.config"):
         settings = transformers.AutoConfig.for_model(**harmless_config(config))
+        settings.name_or_path = str(Path(file).parent)
         model: nn.Module = builder._from_config(settings, attn_implementation=harmless_attention(attention))
     return model
+
+
+def _copy_tokenizer(model: Any, folder: Path) -> None:
+    """Put the tokenizer of the folder that ``model`` came from beside it, where transformers looks for one."""
+    source = getattr(model.config, "name_or_path", None)
+    for name, file in tokenizer_files(source if isinstance(source, str) else None).items():
+        if name != CONFIG and not (folder / name).exists():
+            write_atomically(folder / name, file.read_bytes())
 
 
 def _signature_of(architecture: Mapping[str, Any], model: nn.Module) -> Any:

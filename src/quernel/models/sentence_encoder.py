@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._module_tree import parameters_on_meta
 from quernel._registry import register
-from quernel._transformers import harmless_config
+from quernel._transformers import harmless_config, tokenizer_files
 from quernel._validate import check_choice, check_int
 from quernel.models._sentence_folder import (
     MINILM_TOKENIZER,
@@ -29,7 +29,6 @@ from quernel.models._sentence_folder import (
     fill,
     minilm_folder,
     tokenize,
-    tokenizer_files,
     tokenizer_folder,
     transformers,
 )
