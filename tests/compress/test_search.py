@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quernel._errors import FormatError, QuernelError
-from quernel.compress import Budget, Cast, Method, WeightInt8, _measure, _trial, search
+from quernel.compress import Budget, Cast, CrossQuant, Method, SmoothQuant, WeightInt8, _measure, _trial, search
 from quernel.compress._menu import Point, combinations, front
 from quernel.compress._trial import Trial, data_digest
 
@@ -111,6 +111,15 @@ def test_combinations_use_each_stage_once_and_only_front_points():
     whole = Point((), 100, 1.0)
     assert [len(c) for c in combinations(points, [p.candidate for p in points], whole)] == [2]
     assert [p.bytes for p in front(points)] == [25, 50]
+
+
+def test_one_stage_is_shared_only_where_the_second_method_reaches_more():
+    whole, linears = Point((), 100, 1.0), Point((CrossQuant(),), 60, 1.0)
+    everything = Point((WeightInt8(),), 30, 0.99)
+    found = combinations([everything, linears], [(CrossQuant(),), (WeightInt8(),)], whole)
+    assert found == [(CrossQuant(), WeightInt8())]  # linear layers first, then the rest
+    same_reach = Point((SmoothQuant(),), 55, 0.9)
+    assert combinations([linears, same_reach], [], whole) == []
 
 
 def test_interrupted_search_resumes_where_it_was(tmp_path):

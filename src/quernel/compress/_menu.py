@@ -49,31 +49,43 @@ def combinations(
     largest: int = 3,
     most: int = 12,
 ) -> list[Candidate]:
-    """Return the most promising untried unions of points that use each stage once, smallest first.
+    """Return the most promising untried unions of points, smallest first.
 
-    Parts come from the front of each stage, not of all points: a method that loses to another one alone may
-    still save bytes beside it. Parts that save nothing are left out.
+    A union uses each stage once, or by two methods of which the first reaches fewer kinds of layers and leaves the
+    others to the second: linear layers by a calibrated method, then embeddings by rounding.
+
+    Parts come from the front of each stage and reach, not of all points: a method that loses to another one alone
+    may still save bytes beside it. Parts that save nothing are left out.
 
     The prediction is plain: shares of the bytes multiply, losses of the metric add up. Unions predicted to
     lose more than ``drop`` are left out, and of the others the ``most`` with the fewest bytes are taken.
     """
     seen = {_names(c) for c in tried}
     found: list[tuple[float, Candidate]] = []
-    stages = {tuple(m.stage for m in point.candidate) for point in points}
-    alike = [[p for p in points if tuple(m.stage for m in p.candidate) == key] for key in sorted(stages)]
+    kinds = {_kind(point.candidate) for point in points}
+    alike = [[p for p in points if _kind(p.candidate) == kind] for kind in sorted(kinds)]
     best = [point for group in alike for point in front(group) if point.bytes < whole.bytes]
     for size in range(2, largest + 1):
         for group in itertools.combinations(best, size):
             joined = [m for point in group for m in point.candidate]
-            used = [m.stage for m in joined]
-            candidate = tuple(sorted(joined, key=lambda m: STAGES.index(m.stage)))
-            if len(set(used)) < len(used) or _names(candidate) in seen:
+            candidate = tuple(sorted(joined, key=lambda m: (STAGES.index(m.stage), len(m.targets))))
+            if not all(map(_leaves_work, candidate, candidate[1:])) or _names(candidate) in seen:
                 continue
             seen.add(_names(candidate))
             if drop is None or sum(_loss(point, whole) for point in group) <= drop:
                 found.append((math.prod(point.bytes / whole.bytes for point in group), candidate))
     found.sort(key=lambda pair: pair[0])
     return [candidate for _, candidate in found[:most]]
+
+
+def _kind(candidate: Candidate) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return the stage of each method and the kinds of layers it reaches."""
+    return tuple((m.stage, tuple(sorted(t.__name__ for t in m.targets))) for m in candidate)
+
+
+def _leaves_work(first: Method, second: Method) -> bool:
+    """Whether ``second`` has layers of its own after ``first``; in one stage, methods skip each other's layers."""
+    return first.stage != second.stage or set(first.targets) < set(second.targets)
 
 
 def _loss(point: Point, whole: Point) -> float:
