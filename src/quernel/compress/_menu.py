@@ -68,7 +68,7 @@ def combinations(
     for size in range(2, largest + 1):
         for group in itertools.combinations(best, size):
             joined = [m for point in group for m in point.candidate]
-            candidate = tuple(sorted(joined, key=lambda m: (STAGES.index(m.stage), len(m.targets))))
+            candidate = tuple(sorted(joined, key=lambda m: (STAGES.index(m.stage), len(_plain(m)))))
             if not all(map(_leaves_work, candidate, candidate[1:])) or _names(candidate) in seen:
                 continue
             seen.add(_names(candidate))
@@ -85,7 +85,12 @@ def _kind(candidate: Candidate) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 def _leaves_work(first: Method, second: Method) -> bool:
     """Whether ``second`` has layers of its own after ``first``; in one stage, methods skip each other's layers."""
-    return first.stage != second.stage or set(first.targets) < set(second.targets)
+    return first.stage != second.stage or _plain(first) < _plain(second)
+
+
+def _plain(method: Method) -> frozenset[type]:
+    """Return the kinds of torch's own layers that a method reaches; what other methods insert is a question apart."""
+    return frozenset(t for t in method.targets if t.__module__.startswith("torch."))
 
 
 def _loss(point: Point, whole: Point) -> float:
