@@ -1,7 +1,7 @@
 """A 4-bit layer at few tokens in one call without Python inside: quantise, multiply, dequantise.
 
-The quantiser and dequantiser are those of the int8 layers; the ranges of rows start on torch's OpenMP team directly,
-because a layer of 1024 x 1024 takes under 10 us and a step of Python 1 us.
+The quantiser and dequantiser are those of the int8 layers. A layer of 1024 x 1024 takes under 10 us and a step of
+Python 1 us.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 
-from quernel._threads import native_team, num_threads, parallel_ranges, workspace
-from quernel.nn._addresses import I32, I64, make_caller, pointer
+from quernel._threads import workspace
+from quernel.nn._addresses import I64, make_caller, pointer
 from quernel.nn._int4_packing import CHUNK, PLANE, ROWS
+from quernel.nn._native_ranges import parts_for, run_ranges
 
 # A thread gets at least this many bytes of codes: a team takes about 5 us to start, one core reads 100 bytes a ns.
 GRAIN = 2**19
 ALIGNMENT = 64
 
-# What one call hands to its threads, all int64: functions of OpenMP, addresses of passes and operands, sizes.
+# What one call hands to its threads, all int64: addresses of passes and operands, sizes.
 FIELDS = (
-    *("rank", "granted", "quantise", "product", "dequantise"),
+    *("quantise", "product", "dequantise"),
     *("x", "inverse", "levels", "alpha", "codes", "constants", "zeros", "scale", "bias", "out"),
-    *("n", "k", "m", "size", "group", "chunks", "blocks", "parts", "scratch"),
+    *("n", "k", "m", "size", "group", "chunks", "blocks", "scratch"),
 )
 CALL = np.dtype([(name, np.int64) for name in FIELDS])
 i8, i32, u8 = np.int8, np.int32, np.uint8
@@ -34,8 +35,6 @@ i8, i32, u8 = np.int8, np.int32, np.uint8
 _quantise = make_caller(*[I64] * 8, returns=ir.VoidType())
 _product = make_caller(*[I64] * 11, returns=ir.VoidType())
 _dequantise = make_caller(*[I64] * 7, returns=ir.VoidType())
-_parallel = make_caller(I64, I64, I32, I32, returns=ir.VoidType())
-_ask = make_caller(I64)  # OpenMP's questions take no argument; one in a register does no harm
 
 
 def apply(passes: tuple[int, int, int], operands: tuple[int, ...], sizes: tuple[int, int, int, int, int]) -> None:
@@ -53,21 +52,13 @@ def apply(passes: tuple[int, int, int], operands: tuple[int, ...], sizes: tuple[
     """
     n, k, m, size, group = sizes
     chunks, blocks = -(-k // CHUNK), -(-m // ROWS)
-    parts = max(1, min(num_threads(), blocks * chunks * ROWS * PLANE // GRAIN))
-    team = native_team() if parts > 1 else None
-    start, rank, granted = team or (0, 0, 0)
-    groups = chunks * CHUNK // (group or CHUNK * chunks)
+    groups = chunks * CHUNK // group if group else 1
     room = ALIGNMENT + n * (chunks * CHUNK + 4 + 4 * groups + 4 * ROWS * blocks) + 16
     scratch = workspace("int4_linear", room, torch.int8).data_ptr()
-    fields = (rank, granted, *passes, *operands, n, k, m, size, group, chunks, blocks, parts, scratch)
-    if parts == 1 or team is not None:
-        _linear(start, _share().address if start else 0, fields)
-        return
-    record = np.array(fields)
-    table = record.ctypes.data
-    _begin(table)
-    parallel_ranges(lambda first, last: _multiply(table, first, last), blocks, threads=parts)
-    _end(table)
+    fields = (*passes, *operands, n, k, m, size, group, chunks, blocks, scratch)
+    before, work, after = _steps()
+    parts = parts_for(blocks, blocks * chunks * ROWS * PLANE, GRAIN)
+    run_ranges(work, fields, blocks, parts, before=before, after=after)
 
 
 @njit(nogil=True, cache=True, fastmath=False)
@@ -90,7 +81,6 @@ def _groups(call: Any) -> Any:
     return call.chunks * CHUNK // call.group if call.group else 1
 
 
-@njit(nogil=True, cache=True, fastmath=False)
 def _begin(table: Any) -> None:
     """Quantise the tokens, sum them by group, and shift a table to unsigned bytes."""
     call = _call(table)
@@ -119,8 +109,7 @@ def _begin(table: Any) -> None:
         call.constants = shifted
 
 
-@njit(nogil=True, cache=True, fastmath=False)
-def _multiply(table: Any, start: Any, stop: Any) -> None:
+def _multiply(table: Any, start: Any, stop: Any, part: Any) -> None:
     """Fill the sums of blocks ``start`` to ``stop`` of rows."""
     call = _call(table)
     codes, _, sums, x_sums, _ = _places(call)
@@ -128,7 +117,6 @@ def _multiply(table: Any, start: Any, stop: Any) -> None:
     _product(call.product, (*operands, call.chunks, call.n, call.blocks, start, stop))
 
 
-@njit(nogil=True, cache=True, fastmath=False)
 def _end(table: Any) -> None:
     """Scale, shift and activate the sums; their rows are padded to whole blocks."""
     call = _call(table)
@@ -142,29 +130,14 @@ def _end(table: Any) -> None:
 
 
 @functools.cache
-def _share() -> Any:
-    """Return the C function that each thread of the team runs."""
-
-    @cfunc(types.void(types.int64), cache=True, fastmath=False)
-    def run(table: Any) -> None:
-        call = _call(table)
-        # The runtime may grant fewer threads than asked for (nested regions, limits).
-        for part in range(_ask(call.rank, (0,)), call.parts, _ask(call.granted, (0,))):
-            _multiply(table, call.blocks * part // call.parts, call.blocks * (part + 1) // call.parts)
-
-    return run
+def _compiled() -> tuple[Any, Any, Any]:
+    around, ranges = types.void(types.int64), types.void(*[types.int64] * 4)
+    steps = ((around, _begin), (ranges, _multiply), (around, _end))
+    begin, multiply, end = (cfunc(kind, cache=True, fastmath=False)(step) for kind, step in steps)
+    return begin, multiply, end
 
 
-@njit(nogil=True, cache=True, fastmath=False)
-def _linear(parallel: Any, run: Any, fields: Any) -> None:
-    """Run one layer on this thread, or its product by ``run`` on the team that ``parallel`` starts."""
-    memory = np.array(fields)
-    table = memory.ctypes.data
-    _begin(table)
-    call = _call(table)
-    if parallel == 0:
-        _multiply(table, 0, call.blocks)
-    else:
-        _parallel(parallel, (run, table, call.parts, 0))
-    _end(table)
-    memory[0] = 0  # the last use: Numba frees an array right after it
+def _steps() -> tuple[int, int, int]:
+    """Return the addresses of what runs before, over the ranges of rows, and after."""
+    begin, multiply, end = _compiled()
+    return begin.address, multiply.address, end.address

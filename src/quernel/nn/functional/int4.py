@@ -256,13 +256,19 @@ def _check(
         if tuple(table.shape) != (16,) or table.dtype is not torch.int8:
             raise QuernelError(f"table must be int8 of shape (16,); got {table.dtype} of shape {tuple(table.shape)}")
         return
-    shapes = [(wanted[0] * ROWS, wanted[1] * CHUNK // size) for size in GROUP_SIZES]
+    rows, width = wanted[0] * ROWS, wanted[1] * CHUNK
     for name, part, dtype in (("group_scale", constants, torch.int8), ("group_zero", zeros, torch.uint8)):
-        if tuple(part.shape) not in shapes or part.shape != constants.shape or part.dtype is not dtype:
+        size = group_size_of(codes, part) if part.ndim == 2 else 0
+        if size not in GROUP_SIZES or part.shape != (rows, width // size) or part.dtype is not dtype:
+            shapes = " or ".join(str((rows, width // size)) for size in GROUP_SIZES)
             raise QuernelError(
-                f"{name} must be {dtype} of one of the shapes {shapes} (groups of {GROUP_SIZES}); "
+                f"{name} must be {dtype} of shape {shapes} for groups of {GROUP_SIZES} inputs; "
                 f"got {part.dtype} of shape {tuple(part.shape)}"
             )
+    if constants.shape != zeros.shape:
+        raise QuernelError(
+            f"group_zero must have the shape of group_scale, {tuple(constants.shape)}; got {tuple(zeros.shape)}"
+        )
 
 
 class _StraightThrough(torch.autograd.Function):

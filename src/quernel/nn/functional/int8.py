@@ -202,10 +202,10 @@ def check_operands(
     x: Tensor, out_features: int, in_features: int, scale: Tensor, bias: Tensor | None, inverse: Tensor | None
 ) -> None:
     """Raise unless all but the codes fit a weight of these features."""
-    weight = f"a weight of shape {(out_features, in_features)}"
     if x.ndim == 0 or x.shape[-1] != in_features or x.dtype not in FLOATS:
         raise QuernelError(
-            f"x must be floating of shape (..., {in_features}) to fit {weight}; got {x.dtype} of shape {tuple(x.shape)}"
+            f"x must be floating of shape (..., {in_features}) to fit a weight of shape {(out_features, in_features)}; "
+            f"got {x.dtype} of shape {tuple(x.shape)}"
         )
     if in_features > MAX_FEATURES:
         raise QuernelError(
@@ -216,7 +216,7 @@ def check_operands(
         size = in_features if name == "inverse" else out_features
         if vector is not None and (vector.ndim != 1 or vector.shape[0] != size or vector.dtype not in FLOATS):
             raise QuernelError(
-                f"{name} must be floating of shape ({size},) to fit {weight}; "
+                f"{name} must be floating of shape ({size},) to fit a weight of shape {(out_features, in_features)}; "
                 f"got {vector.dtype} of shape {tuple(vector.shape)}"
             )
 
