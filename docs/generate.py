@@ -70,6 +70,35 @@ def all_benchmarks() -> str:
     return "\n".join(f"## {result['slug']}\n\n{_benchmark_table(result)}" for result in results)
 
 
+def fronts(model: str) -> str:
+    """Every single method tried on one model, and the combinations on the front, smallest first."""
+    file = ROOT / "benchmarks" / "fronts.json"
+    found = json.loads(file.read_text(encoding="utf-8"))["models"].get(model) if file.is_file() else None
+    if found is None:
+        return "Not measured yet.\n"
+    full, points = found["full"], found["all"]["points"]
+    best = [p for p in points if not any(_beats(q, p) for q in points)]
+    shown = sorted((p for p in points if p in best or " + " not in p["methods"]), key=lambda p: p["bytes"])
+    rows = [
+        [
+            f"**{p['methods']}**" if p in best else p["methods"],
+            f"{p['bytes'] / full['bytes']:.3f}",
+            f"{p['metric']:.4f}",
+            f"{p['metric'] - full['metric']:+.4f}",
+            "" if p["latency_ms"] is None else f"{p['latency_ms']:.1f}",
+        ]
+        for p in shown
+    ]
+    head = f"Uncompressed: {full['bytes'] / 1e6:.1f} MB, {found['metric']} {full['metric']:.4f} on {found['data']}.\n\n"
+    return head + _table(["methods (bold: on the front)", "share of the bytes", found["metric"], "change", "ms"], rows)
+
+
+def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether ``one`` is no worse in bytes and metric, and better in one of them."""
+    pairs = [(-one["bytes"], -other["bytes"]), (one["metric"], other["metric"])]
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
 SECTIONS: dict[str, Callable[..., str]] = {
     "systems": systems,
     "readme-systems": lambda: systems("docs/methods/{slug}.md"),
@@ -77,6 +106,7 @@ SECTIONS: dict[str, Callable[..., str]] = {
     "all-claims": all_claims,
     "benchmarks": benchmarks,
     "all-benchmarks": all_benchmarks,
+    "fronts": fronts,
 }
 
 

@@ -33,6 +33,7 @@ from quernel import data, models
 from quernel.compress import Context, CrossQuant, Method, SmoothQuant
 from quernel.nn.functional.activation_quant import quantization_kernel
 from quernel.nn.linear.crossquant import channel_scale
+from quernel.testing import inject_outliers
 
 BITS = (8, 6, 5, 4)
 CALIBRATION, TEST = 64, 96
@@ -256,25 +257,6 @@ def language_model() -> tuple[nn.Module, Any]:
     return model, models.task(model, "tinyshakespeare")
 
 
-def with_outliers(model: nn.Module, seed: int) -> nn.Module:
-    """Multiply four gains of each norm by 30 and divide the columns of its readers by 30."""
-    model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for block in model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            readers = {
-                block.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
-                block.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
-            }
-            for norm, linears in readers.items():
-                channels = torch.randperm(norm.weight.numel(), generator=generator)[:OUTLIERS]
-                norm.weight[channels] *= FACTOR
-                for linear in linears:
-                    linear.weight[:, channels] /= FACTOR
-    return model
-
-
 @crossquant.claim(
     name="language-model",
     claim="With outlier channels, int8 per-token activations break a language model and CrossQuant does not",
@@ -292,8 +274,8 @@ def with_outliers(model: nn.Module, seed: int) -> nn.Module:
 )
 def language(seed: int) -> Outcome:
     model, task = language_model()
-    outlier = with_outliers(model, seed)
     batches = list(task.calibration)
+    outlier = inject_outliers(model, batches, channels=OUTLIERS, factor=FACTOR, seed=seed)
     perplexity = {
         "float32": math.exp(-task.judge(outlier)),
         "CrossQuant": math.exp(-task.judge(quantised(outlier, METHODS["CrossQuant 0.15"](8), batches))),

@@ -26,19 +26,18 @@ from typing import Any
 
 import _welore_classifier as classifier
 import numpy as np
-import torch
 from _harness import Outcome, Reproduction, at_least, at_most
+from _material import BATCH, calibration, chosen, minilm, perplexity, similarities, told, windows_of
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel import data
 from quernel.compress import Context, Method, UniformLowRank, WeLore
-from quernel.models import MiniLM, TinyLM
+from quernel.models import TinyLM
 from quernel.nn.functional import singular_values
 
-SENTENCES, CALIBRATION_TOKENS = 96, 4096
-WINDOW, WINDOWS, BATCH = 256, 32, 8
+SENTENCES = 96
 
 welore = Reproduction("welore", paper="2407.11239")
 
@@ -51,40 +50,6 @@ def factored(
     plan = method.plan(work, Context(batches))
     method.apply(work, plan)
     return work, dict(plan.summary)
-
-
-@functools.cache
-def minilm() -> MiniLM:
-    return MiniLM.load_pretrained()
-
-
-@functools.cache
-def sentences(split: str) -> tuple[str, ...]:
-    """Return the different sentences of an STS-B split, in order."""
-    pairs = data.load("stsb", split=split)
-    return tuple(dict.fromkeys((*pairs.first, *pairs.second)))
-
-
-def chosen(split: str, seed: int) -> list[str]:
-    """Return the sentences of a split in an order of this seed."""
-    held = sentences(split)
-    return [held[i] for i in np.random.default_rng(seed).permutation(len(held))]
-
-
-def calibration(seed: int) -> list[dict[str, Tensor]]:
-    """Return batches of 32 training sentences with 4,096 tokens in all."""
-    batches, tokens, rest = [], 0, chosen("train", seed)
-    while tokens < CALIBRATION_TOKENS:
-        batch, rest = minilm().tokenize(rest[:32]), rest[32:]
-        batches.append(batch)
-        tokens += int(batch["attention_mask"].sum())
-    return batches
-
-
-def similarities(vectors: Tensor) -> np.ndarray:
-    """Return the cosines of all pairs; vectors: (n, D), unit length."""
-    rows, columns = torch.triu_indices(len(vectors), len(vectors), offset=1)
-    return (vectors @ vectors.T)[rows, columns].numpy()
 
 
 @functools.cache
@@ -152,13 +117,6 @@ def whitened(seed: int) -> Outcome:
     )
 
 
-@torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor) -> float:
-    """Return exp of the mean next-token loss; windows: (n, T + 1)."""
-    losses = [F.cross_entropy(model(w[:, :-1]).flatten(0, 1), w[:, 1:].flatten()) for w in windows.split(BATCH)]
-    return float(torch.stack(losses).mean().exp())
-
-
 def flatness(model: TinyLM) -> float:
     """Return the median of ||W||_F^2 / ||W||_2^2 over full rank of the query and key projections: 1 is flat."""
     shares = []
@@ -204,12 +162,6 @@ def language_outcome(model: TinyLM, fitting: Tensor, judging: Tensor) -> Outcome
     )
 
 
-def windows_of(ids: Tensor, seed: int) -> Tensor:
-    """Cut 32 windows of 256 tokens and the one after at random places; ids: (T,)."""
-    starts = np.random.default_rng(seed).integers(0, len(ids) - WINDOW - 1, WINDOWS)
-    return torch.stack([ids[start : start + WINDOW + 1] for start in starts.tolist()])
-
-
 LOWER_TOO = ("lower at 20 % too", "lower at 50 % too", "lower at 80 % of the parameters too")
 LANGUAGE = {
     "baseline": "uniform-rank SVD",
@@ -231,19 +183,6 @@ def tiny_lm(seed: int) -> Outcome:
     model = TinyLM.load_pretrained()
     fitting, judging = (model.encode(data.load("tinyshakespeare", split=s).text) for s in ("train", "test"))
     return language_outcome(model, windows_of(fitting, seed), windows_of(judging, seed))
-
-
-@functools.cache
-@torch.no_grad()
-def told(seed: int) -> Tensor:
-    """Let stories260K tell 32 stories of 256 tokens at temperature 1; (32, 257) with the first token."""
-    model = TinyLM.stories260k()
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.ones(WINDOWS, 1, dtype=torch.int64)  # 1 begins a text
-    for _ in range(WINDOW):
-        following = torch.multinomial(model(ids)[:, -1].softmax(-1), 1, generator=generator)
-        ids = torch.cat((ids, following), dim=1)
-    return ids
 
 
 @welore.claim(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quernel import models
-from quernel.compress import Cast, CrossQuant, FeatureMerging, WeightInt8, WeLore, compress
+from quernel.compress import SNNK, Cast, CrossQuant, FeatureMerging, WeightInt8, WeLore, compress
 
 SCRIPT = """
 import sys, torch, quernel
@@ -62,6 +62,7 @@ def test_digits_cnn(methods, tmp_path):
         [CrossQuant()],
         [CrossQuant(alpha="auto", mode="fold")],
         [WeLore(0.2, budget="params", whiten=True), WeightInt8()],
+        [SNNK(n_features=128), WeightInt8()],
     ],
     ids=lambda methods: "+".join(type(m).__name__ for m in methods),
 )

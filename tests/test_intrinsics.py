@@ -6,7 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from quernel import _intrinsics
 from quernel._intrinsics import make_axpy_f32, make_dot_u8s8, make_expand_f32
@@ -157,3 +159,36 @@ def test_paths_have_their_own_cache_entries(tmp_path):
     assert forced[2] == ("1" if _intrinsics.portable() else "0")
     # Compiled for a processor without AVX, as NUMBA_ENABLE_AVX=0 makes believe.
     assert run(NUMBA_ENABLE_AVX="0") == ["True", str(expected), "0"]
+
+
+@pytest.mark.parametrize("portable", PATHS)
+@pytest.mark.parametrize("mask", [0, 1, 0x8000, 0xFFFF, 0b1011011101111011])
+def test_some_lanes_are_loaded_clamped_and_stored(portable, mask):
+    row = ir.VectorType(_intrinsics.F32, _intrinsics.LANES)
+
+    @intrinsic
+    def some(typing, source, target, bits):
+        def emit(context, builder, signature, args):
+            e = _intrinsics.Emitter(builder, portable)
+            bits = builder.trunc(args[2], _intrinsics.I16)
+            e.prefetch(args[0])
+            value = e.load_some(args[0], row, bits)
+            turned = e.shuffle(value, value, [*range(1, 16), 16])
+            limits = (e.splat(_intrinsics.F32(limit)) for limit in (2.0, 8.0))
+            e.store_some(e.clamp(turned, *limits), args[1], bits)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    @njit
+    def call(source, target, bits):
+        some(source.ctypes.data, target.ctypes.data, bits)
+
+    source, target = np.arange(16, dtype=np.float32), np.full(16, -1, np.float32)
+    source[5] = np.nan
+    lanes = np.array([mask >> lane & 1 for lane in range(16)], dtype=bool)
+    call(source, target, mask)
+    turned = np.roll(np.where(lanes, source, np.float32(0)), -1)
+    # NaN passes both limits.
+    expected = np.where(lanes, np.where(np.isnan(turned), turned, np.clip(turned, 2, 8)), np.float32(-1))
+    np.testing.assert_array_equal(target, expected)

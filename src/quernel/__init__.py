@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "Report": ".report",
+        "apps": ".apps",
         "compress": ".compress",
         "data": ".data",
         "hashing": ".hashing",

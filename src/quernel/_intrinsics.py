@@ -83,6 +83,25 @@ class Emitter:
         """Store a value."""
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
 
+    def load_some(self, address: Any, kind: Any, mask: Any) -> Any:
+        """Load the lanes of vector type ``kind`` whose bit of ``mask`` is set; the others are zero and not read."""
+        pointer = self.builder.inttoptr(address, kind.as_pointer())
+        lanes = self.builder.bitcast(mask, ir.VectorType(BIT, kind.count))
+        name = f"llvm.masked.load.{_mangled(kind)}.p0{_mangled(kind)}"
+        return self._call(name, kind, [pointer, I32(1), lanes, self.zeros(kind)])
+
+    def store_some(self, value: Any, address: Any, mask: Any) -> None:
+        """Store the lanes of a vector whose bit of ``mask`` is set; the memory of the others is not touched."""
+        pointer = self.builder.inttoptr(address, value.type.as_pointer())
+        lanes = self.builder.bitcast(mask, ir.VectorType(BIT, value.type.count))
+        name = f"llvm.masked.store.{_mangled(value.type)}.p0{_mangled(value.type)}"
+        self._call(name, ir.VoidType(), [value, pointer, I32(1), lanes])
+
+    def prefetch(self, address: Any) -> None:
+        """Fetch the cache line of an address, which need not be valid, ahead of its use."""
+        pointer = self.builder.inttoptr(address, I8.as_pointer())
+        self._call("llvm.prefetch.p0i8", ir.VoidType(), [pointer, I32(0), I32(3), I32(1)])
+
     def offset(self, address: Any, index: Any, size: int) -> Any:
         """Return ``address + index * size``."""
         return self.builder.add(address, self.builder.mul(index, ir.Constant(I64, size)))
@@ -96,6 +115,15 @@ class Emitter:
         one = self.builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, I32(0))
         indices = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
         return self.builder.shuffle_vector(one, one, indices)
+
+    def shuffle(self, a: Any, b: Any, lanes: Sequence[int]) -> Any:
+        """Return the named lanes of two vectors, those of ``b`` numbered behind those of ``a``."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
+
+    def clamp(self, value: Any, low: Any, high: Any) -> Any:
+        """Return ``max(min(value, high), low)`` of floats; NaN passes."""
+        value = self.builder.select(self.builder.fcmp_ordered(">", value, high), high, value)
+        return self.builder.select(self.builder.fcmp_ordered("<", value, low), low, value)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """Return ``a * b + c``; rounded once where the processor has FMA, else twice."""
@@ -132,6 +160,24 @@ class Emitter:
             here = self.builder.icmp_unsigned("==", indices, ir.Constant(indices.type, [entry] * 64))
             found = self.builder.select(here, value, found)
         return found
+
+    def dot2_bf16(self, total: Any, left: Any, right: Any) -> Any:
+        """Return ``total`` (16 x float) plus two products a lane of bfloat16 (32 x i16 each), summed in float32.
+
+        The instruction (AVX512-BF16) takes subnormal numbers as zero and may round otherwise than the portable form.
+        """
+        words = ir.VectorType(I32, LANES)
+        if not self.portable and "avx512bf16" in target_features():
+            # Three operands of the older form, rewritten while parsing by newer versions.
+            operands = [total, *(self.builder.bitcast(v, words) for v in (left, right))]
+            return self._call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, operands)
+        pairs = [self.builder.bitcast(v, words) for v in (left, right)]
+        odd = [self.builder.and_(v, ir.Constant(words, [-65536] * LANES)) for v in pairs]
+        even = [self.builder.shl(v, ir.Constant(words, [16] * LANES)) for v in pairs]
+        for half in (even, odd):
+            a, b = (self.builder.bitcast(v, total.type) for v in half)
+            total = self.fma(a, b, total)
+        return total
 
     def expand_load(self, address: Any, mask: Any, element: Any = F32) -> Any:
         """Load consecutive elements into the lanes whose bit of ``mask`` (i16) is set, zero in the others.

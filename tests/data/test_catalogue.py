@@ -14,7 +14,7 @@ import torch
 
 from quernel import data
 from quernel._errors import DataError
-from quernel.data import _catalogue, checkpoints, images, text
+from quernel.data import _catalogue, checkpoints, images, tables, text
 
 
 @pytest.mark.parametrize("name", data.names())
@@ -182,3 +182,17 @@ def test_real_set_has_its_official_size(name: str, split: str, real_data: object
         assert len(found.x) == len(found.y)
         counts = np.bincount(found.y, minlength=10)
         assert counts.min() > 0.08 * len(found), "ten classes, about equally many of each"
+
+
+def test_tables_of_numbers_with_their_splits() -> None:
+    rows, masks = b"1,2,30\n4,5,60\n", b"1,0\n0,1\n"
+    table = tables._uci("all", gzip.compress(rows), gzip.compress(masks))
+    np.testing.assert_array_equal(table.x, [[1, 2], [4, 5]])
+    np.testing.assert_array_equal(table.y, [30, 60])
+    np.testing.assert_array_equal(table.test_rows, [[True, False], [False, True]])
+    table = tables._pmlb("all", gzip.compress(b"a\tb\ttarget\n1\t2\t3\n"))
+    assert (table.x.tolist(), table.y.tolist(), table.test_rows, len(table)) == ([[1, 2]], [3], None, 1)
+    with pytest.raises(DataError, match="not a gzipped table"):
+        tables._pmlb("all", gzip.compress(b"a\nx\n"))
+    held = data.load("diabetes")
+    assert held.x.shape == (442, 10) and held.x.dtype == held.y.dtype == np.float64

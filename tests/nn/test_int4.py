@@ -16,6 +16,9 @@ POWERS = [0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64]
 FORMS = [0, 32, 64, 128]
 # Integers, or the same float expressions of equal integers.
 EXACT = {"rtol": 0, "atol": 0}
+# Where int8 layers run as plain torch operations, a product that rounds to a tie may become the other neighbour, and
+# sums are scaled in another order; relative to the norm, in the coarsest dtype.
+PLAIN = 2e-3
 
 
 def weight(out, inputs, group, seed=0):
@@ -104,7 +107,10 @@ def test_fused_equals_int8_product(group, inputs, tokens, dtype):
     bias = torch.linspace(-1, 1, 13)
     got = w.linear(x, bias, activation="gelu")
     wanted = int8_linear(x, w.unpack_int8(), w.scale, bias, activation="gelu")
-    torch.testing.assert_close(got, wanted, **EXACT)
+    if _int4_kernels.portable():
+        assert (got.float() - wanted.float()).norm() <= PLAIN * wanted.float().norm()
+    else:
+        torch.testing.assert_close(got, wanted, **EXACT)
 
 
 @pytest.mark.parametrize("group", [0, 64])

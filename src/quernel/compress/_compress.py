@@ -29,7 +29,7 @@ from quernel.compress._measure import (
     paired_latency,
     quiet,
 )
-from quernel.compress._method import NEEDS, STAGES, LayerPlan, Method
+from quernel.compress._method import NEEDS, STAGES, LayerPlan, Method, Plan
 from quernel.nn.weights import unique_bytes
 from quernel.report import LayerReport, Report
 
@@ -140,7 +140,7 @@ def compress(
     """
     start = time.perf_counter()
     methods = ordered(method)
-    context = Context(data, example_inputs, forward, include, exclude, progress)
+    context = Context(data, example_inputs, forward, include, exclude, progress, None if dry_run else finetune)
     check_needs(model, methods, context, finetune)
     inplace = inplace and not dry_run
     bytes_before = unique_bytes(model)
@@ -151,8 +151,8 @@ def compress(
     harm = "it was edited in place" if inplace else "the original is unharmed"
     if not dry_run:
         check_runs(work, context, f"{' + '.join(m.label for m in methods)} ({harm})")
-    if finetune is not None and not dry_run:
-        finetune(work)
+    if not dry_run:
+        train_and_finish(work, made, finetune)
     reference = None if inplace else model
     errors = {} if reference is None or dry_run else layer_errors(reference, work, made.comparable, context)
     times = None if reference is None or dry_run else paired_latency(reference, work, context)
@@ -198,6 +198,16 @@ class Made:
     idle: tuple[str, ...]
     warnings: tuple[str, ...]
     summary: dict[str, Any]
+    # Methods that have something to do after fine-tuning, and their plans.
+    unfinished: tuple[tuple[Method, Plan], ...] = ()
+
+
+def train_and_finish(model: nn.Module, made: Made, finetune: Finetune | None) -> None:
+    """Fine-tune if asked, then let the methods finish."""
+    if finetune is not None:
+        finetune(model)
+    for method, plan in made.unfinished:
+        method.finish(model, plan)
 
 
 def ordered(method: Method | Sequence[Method]) -> list[Method]:
@@ -238,6 +248,7 @@ def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *
     summary: dict[str, Any] = {}
     touched: dict[str, bool] = {}
     idle = []
+    unfinished = []
     opaque = _opaque_layers(model, methods, context)
     for i, m in enumerate(methods):
         if m.simulated:
@@ -245,6 +256,8 @@ def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *
         plan = m.plan(model, context)
         if not (dry_run and i == len(methods) - 1):
             m.apply(model, plan)
+        if type(m).finish is not Method.finish:
+            unfinished.append((m, plan))
         warnings += plan.warnings
         if all(layer.skipped for layer in plan.layers):
             idle.append(m.label)
@@ -264,7 +277,7 @@ def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *
         reasons = "; ".join(sorted({layer.reason for layer in layers.values() if layer.reason})[:3])
         warnings.append(f"nothing was changed{f': {reasons}' if reasons else ''}")
     comparable = tuple(name for name, same in touched.items() if same)
-    return Made(layers, comparable, tuple(idle), tuple(warnings), summary)
+    return Made(layers, comparable, tuple(idle), tuple(warnings), summary, tuple(unfinished))
 
 
 def _opaque_layers(model: nn.Module, methods: Sequence[Method], context: Context) -> list[LayerPlan]:

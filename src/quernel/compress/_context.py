@@ -46,6 +46,8 @@ class Context:
         Glob patterns over module names, e.g. ``"encoder.layer.*"``.
     progress : callable, optional
         ``progress(message, fraction)``.
+    finetune : callable, optional
+        ``finetune(model)`` trains in place; for methods that train between steps of their own.
     """
 
     data: Iterable[Batch] | None = None
@@ -54,6 +56,7 @@ class Context:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     progress: Progress | None = None
+    finetune: Callable[[nn.Module], Any] | None = None
 
     def selected(self, model: nn.Module, targets: tuple[type[nn.Module], ...]) -> list[tuple[str, nn.Module]]:
         """Return the modules of exactly these types that the patterns allow, shared ones once.

@@ -84,6 +84,10 @@ class Method:
         """Carry out ``plan`` on ``model``, in place."""
         raise TypeError(f"{type(self).__name__} must define apply()")
 
+    def finish(self, model: nn.Module, plan: Plan) -> None:
+        """Bring what was trained into its stored form, in place; called once, after fine-tuning if there is any."""
+        return
+
     def config(self) -> dict[str, Any]:
         """Return the JSON-able fields."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -25,7 +25,7 @@ from quernel._errors import FormatError, QuernelError
 from quernel._io import digest_of, write_atomically
 from quernel._load import save_model
 from quernel._timing import latency_ms
-from quernel.compress._compress import check_needs, run_methods
+from quernel.compress._compress import check_needs, run_methods, train_and_finish
 from quernel.compress._context import Context
 from quernel.compress._measure import Evaluate, check_runs, checked_metric, run_timing, timing_batch
 from quernel.compress._method import Method
@@ -118,7 +118,7 @@ def run_trial(
     """
     options = dict(options)
     finetune = options.pop("finetune", None)
-    context = Context(**options)
+    context = Context(**options, finetune=finetune)
     if any(m.simulated for m in candidate):
         return Trial(candidate, 0, reason="simulated: no time is won")
     try:
@@ -133,8 +133,7 @@ def run_trial(
     except Exception as error:
         return failed(candidate, error)
     try:
-        if finetune is not None:
-            finetune(work)
+        train_and_finish(work, made, finetune)
         metric = checked_metric(select, work, "this candidate")
         return Trial(candidate, stored_bytes(work), metric, alone_ms(work, context) if timed else None)
     except Exception as error:

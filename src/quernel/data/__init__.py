@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "Pairs": "._kinds",
         "Sentences": "._kinds",
         "SetInfo": "._catalogue",
+        "Table": "._kinds",
         "Text": "._kinds",
         "Tokens": "._kinds",
         "cache_folder": "._sources",

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from quernel._errors import DataError, MissingExtraError, QuernelError
-from quernel.data import checkpoints, images, text
+from quernel.data import checkpoints, images, tables, text
 from quernel.data._sources import DataSet, cache_folder, downloads, present, read_split
 
-_SETS: dict[str, DataSet] = {item.name: item for family in (checkpoints, images, text) for item in family.SETS}
+_SETS: dict[str, DataSet] = {item.name: item for family in (checkpoints, images, tables, text) for item in family.SETS}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def load(name: str, *, split: str | None = None) -> Any:
 
     Returns
     -------
-    Images, Pairs, Sentences, Text, Tokens or Checkpoint
+    Images, Pairs, Sentences, Table, Text, Tokens or Checkpoint
         A frozen dataclass; which one depends on the set.
 
     Raises

@@ -104,6 +104,28 @@ class Sentences:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Rows of numbers with a numeric target.
+
+    Attributes
+    ----------
+    x : ndarray of float64, shape (n, d)
+        Features in the units of the source.
+    y : ndarray of float64, shape (n,)
+        What to predict.
+    test_rows : ndarray of bool, shape (n, k), or None
+        Column k marks the test rows of the k-th published split, where there are any.
+    """
+
+    x: npt.NDArray[np.float64]
+    y: npt.NDArray[np.float64]
+    test_rows: npt.NDArray[np.bool_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
 class Text:
     """One long text.
 

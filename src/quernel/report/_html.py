@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 def to_html(report: Report) -> str:
     """Return the page."""
-    style, script = _package_text("page.css"), _package_text("page.js")
+    return whole_page(f"{report.title} · Quernel report", _body(report))
+
+
+def whole_page(title: str, body: Markup, *, style: str = "") -> str:
+    """Return a document around what stands in its body; ``style`` adds rules to the common sheet."""
+    style, script = _package_text("page.css") + style, _package_text("page.js")
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -34,12 +39,12 @@ def to_html(report: Report) -> str:
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{report.title} · Quernel report"),
+        tag("title", title),
         tag("link", rel="icon", href="data:,"),
         tag("style", raw(style)),
     )
-    body = tag("body", _body(report), tag("div", id="tip", role="tooltip", hidden=True), tag("script", raw(script)))
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    whole = tag("body", body, tag("div", id="tip", role="tooltip", hidden=True), tag("script", raw(script)))
+    return f"<!doctype html>\n{tag('html', head, whole, lang='en')}\n"
 
 
 def _body(report: Report) -> Markup:

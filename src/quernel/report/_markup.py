@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 
-VOID = frozenset({"meta", "link", "input", "wbr"})
+VOID = frozenset({"img", "input", "link", "meta", "wbr"})
 
 
 class Markup(str):

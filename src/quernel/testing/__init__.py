@@ -1,7 +1,7 @@
 """Public conformance suites: what a class promises by being registered under a contract.
 
-``check_module(cls)``, ``check_weight(cls)``, ``check_method(cls)`` run every check of a contract and raise
-``ConformanceError`` at the first that fails; ``checks_for(contract)`` lists them for parametrised tests.
+``check_module(cls)``, ``check_weight(cls)``, ``check_method(cls)`` and ``check_estimator(cls)`` run every check of a
+contract and raise ``ConformanceError`` at the first that fails; ``checks_for(contract)`` lists them for tests.
 """
 
 from quernel._lazy import attach
@@ -10,9 +10,11 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "ConformanceError": "._suite",
+        "check_estimator": ".estimators",
         "check_method": ".methods",
         "check_module": ".modules",
         "check_weight": ".weights",
         "checks_for": "._suite",
+        "inject_outliers": ".outliers",
     },
 )

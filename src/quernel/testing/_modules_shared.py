@@ -82,11 +82,11 @@ def check_damaged_files(cls: type) -> None:
         files = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
         for i in range(MUTATIONS):
             file = sorted(files)[i % len(files)]
-            file.write_bytes(_mutated(files[file], i))
+            file.write_bytes(mutated(files[file], i))
             _require_refused(cls, folder, f"a damaged {file.name}", inputs, wanted)
             file.write_bytes(files[file])
         fields = FORGED_FIELDS_OF_MODEL if _is_model(cls) else FORGED_FIELDS
-        for change, document in _forged(json.loads(files[folder / CONFIG]), fields):
+        for change, document in forged(json.loads(files[folder / CONFIG]), fields):
             (folder / CONFIG).write_text(json.dumps(document), encoding="utf-8")
             _require_refused(cls, folder, change, inputs, wanted)
         (folder / CONFIG).unlink()
@@ -104,7 +104,8 @@ def _require_refused(cls: type, folder: Path, change: str, inputs: tuple[Tensor,
     require(same, cls, f"{change} loads silently with other numbers")
 
 
-def _mutated(data: bytes, seed: int) -> bytes:
+def mutated(data: bytes, seed: int) -> bytes:
+    """Return the bytes cut short, or with one byte changed."""
     draw = np.random.default_rng(seed)
     if seed % 3 == 0:
         return data[: int(draw.integers(0, len(data)))]
@@ -112,7 +113,7 @@ def _mutated(data: bytes, seed: int) -> bytes:
     return data[:place] + bytes([data[place] ^ int(draw.integers(1, 256))]) + data[place + 1 :]
 
 
-def _forged(document: dict[str, Any], fields: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def forged(document: dict[str, Any], fields: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield documents with one field changed and a digest that matches: what no checksum can catch."""
     paths = [path for path in _paths(document["quernel"]) if path[0] != "digest" and "extra" not in path]
     draw = np.random.default_rng(0)
@@ -164,7 +165,7 @@ def _resized(holder: Any, step: Any) -> bool:
     return True
 
 
-_SIZES = ("in_features", "out_features", "rank", "embed_dim", "channels")
+_SIZES = ("in_features", "out_features", "n_features", "rank", "embed_dim", "channels")
 _FORGERIES: dict[str, Callable[[Any, Any], bool]] = {
     "mistyped": _mistyped,
     "missing": _missing,

@@ -14,7 +14,13 @@ from quernel._errors import QuernelError
 
 Check = Callable[[type], None]
 
-SUITES = {"method": ".methods", "model": ".modules", "module": ".modules", "weight": ".weights"}
+SUITES = {
+    "estimator": ".estimators",
+    "method": ".methods",
+    "model": ".modules",
+    "module": ".modules",
+    "weight": ".weights",
+}
 # A whole model may need its inputs in the dtype of its parameters.
 LEFT_OUT = {"model": ("low_precision",)}
 # fp32 sums taken in another order differ by a few units in the last place of the largest term.

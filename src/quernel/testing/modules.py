@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,6 +32,8 @@ from quernel.testing._suite import (
 )
 
 FORK_SECONDS = 30
+# Threads of earlier checks may still be ending, inside a lock of MKL that a child forked now would find held for ever.
+SETTLE_SECONDS = 0.2
 
 
 def check_module(cls: type) -> None:
@@ -110,6 +113,7 @@ def check_fork(cls: type) -> None:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(module, inputs, sender))
+    time.sleep(SETTLE_SECONDS)
     child.start()
     try:
         require(receiver.poll(FORK_SECONDS), cls, f"a forked child gave no output within {FORK_SECONDS} s")

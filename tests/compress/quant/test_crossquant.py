@@ -197,6 +197,21 @@ def test_excluded_layers_keep_their_numbers_and_still_run(method):
     assert {layer.name: layer.action for layer in result.report.layers}["4"] == "keep"
 
 
+@pytest.mark.parametrize("mode", ["static", "fold"])
+def test_four_bit_weights_are_stored_and_tuned_for(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128)).eval()
+    x = torch.randn(64, 128)
+    sizes, errors = {}, {}
+    for bits in (4, 8):
+        result = compress(model, CrossQuant(wbits=bits, alpha="auto", mode=mode, activations="keep"), data=[x])
+        sizes[bits], errors[bits] = result.report.bytes_after, (result.model(x) - model(x)).norm() / model(x).norm()
+        row = result.report.layers[1]
+        assert row.action == f"int{bits} x int8" and result.report.summary[f"int{bits} layers"] == 2
+    assert sizes[4] < 0.65 * sizes[8]
+    assert errors[8] < 0.02 < errors[4] < 0.15
+
+
 def test_report_holds_the_kernel_of_each_layer():
     details = compress(mlp(), CrossQuant(), data=[X]).report.layers[1].details
     assert details["kernel"] == pytest.approx(quantization_kernel(mlp()[0](X).detach()), abs=1e-3)
@@ -247,7 +262,8 @@ def test_dynamic_mode_is_the_paper_formula_and_says_that_it_is_for_reference():
         ({"alpha": -0.1}, "alpha"),
         ({"alpha": 1.5}, "alpha"),
         ({"alpha": "best"}, "alpha"),
-        ({"wbits": 4}, "wbits"),
+        ({"wbits": 6}, "wbits"),
+        ({"wbits": 4, "mode": "dynamic"}, "wbits=8"),
         ({"abits": 9}, "abits"),
         ({"mode": "fast"}, "mode"),
         ({"row": "loose"}, "row"),

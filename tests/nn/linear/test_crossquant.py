@@ -12,7 +12,7 @@ from quernel.nn import CrossQuantLinear
 from quernel.nn._int8_kernels import quantiser
 from quernel.nn.functional.activation_quant import fake_quantize
 from quernel.nn.linear.crossquant import channel_scale
-from quernel.nn.weights import Int8Weight
+from quernel.nn.weights import Int4GroupWeight, Int8Weight
 
 
 def layer(inp=32, out=12, bias=True, seed=0):
@@ -176,6 +176,24 @@ def test_config_round_trip(options, absmax):
     assert torch.equal(twin(x), quantised(x))
 
 
+@pytest.mark.parametrize("options", [{}, {"row": "bound", "alpha": 0.5}, {"abits": 6, "activation": "gelu"}])
+def test_four_bit_weights_are_the_same_layer_over_another_storage(options):
+    linear, x = layer(256, 64), torch.randn(300, 256, generator=torch.Generator().manual_seed(1))
+    x[:, 7] *= 20
+    small = CrossQuantLinear.from_linear(linear, x.abs().amax(0), wbits=4, **options)
+    assert isinstance(small.weight, Int4GroupWeight) and small.weight.nbytes < 0.16 * 4 * linear.weight.numel()
+    twin = CrossQuantLinear(
+        Int8Weight((64, 256)), small.bias, small.inverse, **({"alpha": 0.15} | options)
+    )  # the integers of the small weight, in int8
+    twin.weight.codes, twin.weight.scale = small.weight.unpack_int8(), small.weight.scale
+    assert torch.equal(small(x), twin(x))
+    wide = CrossQuantLinear.from_linear(linear, x.abs().amax(0), **options)
+    assert relative(small(x), wide(x)) < 0.25  # 4 bits, on columns stretched by the outlier's scale
+    back = CrossQuantLinear.from_config(small.config())
+    back.load_state_dict(small.state_dict())
+    assert torch.equal(back(x), small(x))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -188,7 +206,7 @@ def test_config_round_trip(options, absmax):
         ({"absmax": -torch.ones(32)}, "none negative.*abs"),
         ({"absmax": torch.full((32,), float("nan"))}, "absmax holds NaN or infinity"),
         ({"absmax": torch.full((32,), float("inf"))}, "absmax holds NaN or infinity"),
-        ({"wbits": 4}, "wbits must be 8"),
+        ({"wbits": 6}, "wbits must be one of 4, 8"),
         ({"abits": 3}, r"bits must be an integer in \[4, 8\]"),
         ({"abits": 16}, "bits must be"),
         ({"row": "fit"}, "row must be one of"),

@@ -75,6 +75,84 @@ def scalable_producers(model: nn.Module, context: Context, linears: Iterable[str
     return _proven(model, context, groups, scaled)
 
 
+def sole_readers(
+    model: nn.Module, context: Context, producers: Iterable[str], linears: Iterable[str]
+) -> dict[str, str]:
+    """Return ``{module: linear}`` where this one linear alone reads the module's output, whatever the module is."""
+    known = dict(model.named_modules())
+    readers = readers_of(model, context, list(producers), list(linears))
+    found = {producer: names[0] for producer, names in readers.items() if len(names) == 1}
+
+    @contextlib.contextmanager
+    def scaled(chosen: Mapping[str, str]) -> Iterator[None]:
+        handles = []
+        for producer, reader in chosen.items():
+            up, down = _powers_of_two(known[reader].get_parameter("weight").shape[1])
+            handles.append(known[producer].register_forward_hook(_output_times(up)))
+            handles.append(known[reader].register_forward_pre_hook(_first_times(down)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return _proven(model, context, found, scaled)
+
+
+def scalable_pairs(
+    model: nn.Module, context: Context, linears: Iterable[str], *, mixing: bool = False
+) -> dict[str, tuple[str, ...]]:
+    """Return ``{linear: (linear,)}`` of one parent where the second's input is linear in the first's output.
+
+    Channel by channel, so that a scale can move from the second's columns to the first's rows: the up and down
+    projections of a gated feed-forward network, or two layers around a ReLU.  ``mixing=True`` finds the pairs too
+    that mix rows on the way (value and output projections of attention).
+
+    Layers that have the names of others under their parents are taken to be wired like them: the first such pair is
+    tried alone, and where it fails the others are left.
+    """
+    known = dict(model.named_modules())
+    names = list(linears)
+    alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for first, second in _in_order(model, context, names):
+        parent, _, child = first.rpartition(".")
+        other, _, reader = second.rpartition(".")
+        sizes = known[first].get_parameter("weight").shape[0], known[second].get_parameter("weight").shape[1]
+        if parent == other and sizes[0] == sizes[1] and can_scale(model, known[first]):
+            alike.setdefault((child, reader), []).append((first, second))
+
+    @contextlib.contextmanager
+    def scaled(chosen: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+        handles, before = [], []
+        for producer, (consumer,) in chosen.items():
+            up, down = _powers_of_two(known[consumer].get_parameter("weight").shape[1])
+            before += [(p, p.detach().clone()) for p in known[producer].parameters(recurse=False)]
+            scale_producer(known[producer], up)
+            handles.append(known[consumer].register_forward_pre_hook(_first_times(down)))
+            if not mixing:
+                handles.append(known[producer].register_forward_hook(_rows_times(1)))
+                handles.append(known[consumer].register_forward_pre_hook(_first_rows_times(-1)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            with torch.no_grad():
+                for parameter, values in before:
+                    parameter.copy_(values)
+
+    found: dict[str, tuple[str, ...]] = {}
+    taken: set[str] = set()
+    for pairs in alike.values():
+        chosen = {first: (second,) for first, second in pairs if first not in found and second not in taken}
+        trial = dict([next(iter(chosen.items()))]) if chosen else {}
+        if trial and _proven(model, context, trial, scaled):
+            proven = _proven(model, context, chosen, scaled)
+            found |= proven
+            taken |= {second for (second,) in proven.values()}
+    return found
+
+
 def activation_kind(module: nn.Module) -> str | None:
     """Return which known activation a parameter-free leaf module computes, told by its numbers."""
     if next(module.children(), None) is not None or next(iter(module.state_dict()), None) is not None:
@@ -147,6 +225,25 @@ def readers_of(model: nn.Module, context: Context, producers: list[str], readers
     return {name: found for name, found in agreed.items() if all(calls[reader] == len(seen[name]) for reader in found)}
 
 
+def _in_order(model: nn.Module, context: Context, linears: list[str]) -> list[tuple[str, str]]:
+    """Return the pairs of linears that run once each, one after the other, on different inputs."""
+    known = dict(model.named_modules())
+    runs: list[tuple[str, Tensor]] = []  # holds the tensors, so that no id is used twice
+
+    def read(name: str) -> Callable[..., None]:
+        return lambda module, args: runs.append((name, args[0])) if args else None
+
+    handles = [known[name].register_forward_pre_hook(read(name)) for name in linears]
+    try:
+        _output(model, context)
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, _ in runs]
+    once = [(name, x) for name, x in runs if names.count(name) == 1]
+    return [(a, b) for i, (a, x) in enumerate(once) for b, y in once[i + 1 :] if x is not y]
+
+
 def _proven(
     model: nn.Module,
     context: Context,
@@ -188,8 +285,25 @@ def _then(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda module, args, output: function(output)
 
 
+def _output_times(factor: Tensor) -> Callable[..., Tensor]:
+    return lambda module, args, output: output * factor.to(output)
+
+
 def _first_times(factor: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     return lambda module, args: (args[0] * factor.to(args[0]), *args[1:])
+
+
+def _rows_times(sign: int) -> Callable[..., Tensor]:
+    return lambda module, args, output: output * _row_powers(output, sign)
+
+
+def _first_rows_times(sign: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda module, args: (args[0] * _row_powers(args[0], sign), *args[1:])
+
+
+def _row_powers(x: Tensor, sign: int) -> Tensor:
+    rows = torch.arange(x[..., 0].numel(), device=x.device).view(*x.shape[:-1], 1)
+    return torch.exp2(sign * (rows % 3 - 1).to(x.dtype))
 
 
 def _powers_of_two(n: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quernel.kernels.moments import AbsMax
 from quernel.nn.functional.activation_quant import quantize_activations
+from quernel.nn.weights import Int4GroupWeight, Int8Weight
 
 SAMPLE_ROWS = 512
 ROWS_PER_BATCH = 64
@@ -51,7 +52,9 @@ class Calibration:
 
 
 def output_error(x: Tensor, weight: Tensor, scale: Tensor, *, abits: int, wbits: int = 8) -> float:
-    """Return ``||x W^T - y|| / ||x W^T||`` for y from int-quantised ``x / scale`` (rows) and ``scale * W`` (channels).
+    """Return ``||x W^T - y|| / ||x W^T||`` for y from int-quantised ``x / scale`` (rows) and ``scale * W``.
+
+    With 4 bits the weight has the groups in which it is stored, else one step a channel.
 
     x: (T, I)  weight: (O, I)  scale: (I,)
     """
@@ -59,8 +62,7 @@ def output_error(x: Tensor, weight: Tensor, scale: Tensor, *, abits: int, wbits:
     scaled = x / scale
     row = scaled.abs().amax(dim=1, keepdim=True) / (2 ** (abits - 1) - 1)
     folded = weight * scale
-    column = folded.abs().amax(dim=1, keepdim=True) / (2 ** (wbits - 1) - 1)
+    stored = (Int4GroupWeight if wbits == 4 else Int8Weight).from_dense(folded)
     codes = quantize_activations(scaled, row.expand_as(scaled), bits=abits)
-    weights = quantize_activations(folded, column.expand_as(folded), bits=wbits)
-    got = (codes * row) @ (weights * column).T
+    got = (codes * row) @ stored.dense().T
     return float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))

@@ -56,10 +56,13 @@ class QuantizedLinears(Method):
     targets: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     def __post_init__(self) -> None:
-        if check_int("wbits", self.wbits) != 8:
-            raise QuernelError(f"wbits must be 8, the width that is stored and multiplied here; got {self.wbits}")
+        check_choice("wbits", self.wbits, (4, 8))
         check_int("abits", self.abits, low=4, high=8)
         check_choice("mode", self.mode, ("static", "fold", "dynamic"))
+        if self.mode == "dynamic" and self.wbits != 8:
+            raise QuernelError(
+                f'mode="dynamic" needs wbits=8; got {self.wbits}. Use mode="static" or "fold" with 4 bits'
+            )
         check_float("percentile", self.percentile, low=0.0, high=100.0, open_low=True)
         check_choice("activations", self.activations, ("bfloat16", "keep"))
         check_type("fuse", self.fuse, bool)
@@ -77,7 +80,7 @@ class QuantizedLinears(Method):
         """Return the quantised layer; its activation is fused where ``decision`` says so."""
         scale = torch.ones_like(decision.scale) if decision.folded else decision.scale
         return CrossQuantLinear.from_scale(
-            linear, scale, abits=self.abits, activation=decision.activation, **self.row_step(details)
+            linear, scale, wbits=self.wbits, abits=self.abits, activation=decision.activation, **self.row_step(details)
         )
 
     def row_step(self, details: Mapping[str, Scalar]) -> dict[str, Any]:
@@ -94,7 +97,7 @@ class QuantizedLinears(Method):
         decisions: dict[str, Decision] = {}
         for i, (name, module) in enumerate(selected.items()):
             context.tell(f"{type(self).__name__}: {name}", i / len(selected))
-            reason = _refusal(model, module, stats[name])
+            reason = refusal(model, module, stats[name].seen)
             if reason:
                 layers[name] = LayerPlan(name, "skip", reason)
                 continue
@@ -109,7 +112,7 @@ class QuantizedLinears(Method):
             old = layers[name]
             layers[name] = LayerPlan(name, old.action, details={**old.details, **extra})
         unfolded = sum(not d.folded for d in decisions.values())
-        summary: dict[str, Scalar] = {"int8 layers": len(decisions), "fused activations": len(absorbed)}
+        summary: dict[str, Scalar] = {f"int{self.wbits} layers": len(decisions), "fused activations": len(absorbed)}
         if self.mode == "fold":
             summary |= {"folded layers": len(decisions) - unfolded, "divided at run time": unfolded}
         rest = self._rest(model, context, decisions, absorbed)
@@ -165,13 +168,14 @@ class QuantizedLinears(Method):
         return tuple(module for module, _ in pairs.values())
 
 
-def _refusal(model: nn.Module, module: nn.Linear, stats: Calibration) -> str:
-    if not stats.seen:
+def refusal(model: nn.Module, module: nn.Linear, seen: bool) -> str:
+    """Return why a layer cannot be quantised, or an empty string."""
+    if not seen:
         return "the data never reached it"
     if not bool(module.weight.isfinite().all()):
         return "its weight holds NaN or infinity"
     tied = tied_elsewhere(model, module.weight, [module])
-    # An int8 copy beside the tied original would add bytes.
+    # A quantised copy beside the tied original would add bytes.
     return f"its weight is tied to {tied}" if tied else ""
 
 

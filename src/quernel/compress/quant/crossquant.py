@@ -43,7 +43,8 @@ class CrossQuant(QuantizedLinears):
     Parameters
     ----------
     wbits, abits : int, default=8
-        Bits of weights (8) and of activations (4 to 8; fewer than 8 are stored as int8 codes).
+        Bits of weights (4 or 8) and of activations (4 to 8; fewer than 8 are multiplied as int8 codes). Weights in
+        4 bits have a scale for 32 inputs (128 from 1024 inputs on); prefer a large ``alpha`` or "auto" with them.
     mode : {"static", "fold", "dynamic"}, default="static"
         "static" divides by the calibrated channel scale inside the quantise pass; "fold" moves that
         division into the norm or linear before, where nothing else reads its output; "dynamic" takes the
@@ -104,7 +105,8 @@ class CrossQuant(QuantizedLinears):
         if self.alpha != "auto":
             return channel_scale(absmax, self.alpha), {"alpha": self.alpha, **self._kernels(stats, self.alpha)}
         errors = {
-            a: output_error(stats.sample, weight.cpu(), channel_scale(absmax, a), abits=self.abits) for a in ALPHAS
+            a: output_error(stats.sample, weight.cpu(), channel_scale(absmax, a), abits=self.abits, wbits=self.wbits)
+            for a in ALPHAS
         }
         best = min(errors, key=lambda a: errors[a])
         details = {"alpha": best, "calibration_error": errors[best], **self._kernels(stats, best)}

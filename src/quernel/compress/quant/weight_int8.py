@@ -8,15 +8,14 @@ product, so it wins time only where reading the weight is what costs (batch 1).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quernel._registry import register
-from quernel.compress._method import LayerPlan, PerModuleMethod
-from quernel.nn import StoredConv2d, StoredEmbedding, StoredLinear
-from quernel.nn.weights import Int8Weight
+from quernel.compress.quant._weight_only import WeightOnly
+from quernel.nn.weights import Int8Weight, StoredWeight
 
 
 def _example() -> dict[str, Any]:
@@ -29,10 +28,10 @@ def _example() -> dict[str, Any]:
 
 @register("weight-int8", pillar="compress", contract="method", paper=None, status="stable", example=_example)
 @dataclass(frozen=True)
-class WeightInt8(PerModuleMethod):
+class WeightInt8(WeightOnly):
     """Store the weights of linear, convolution and embedding layers in int8, one scale a row.
 
-    Needs no data. Embedding tables decode only the rows that are looked up.
+    Needs no data. Embedding tables decode only the rows that are looked up; low-rank layers get both factors in int8.
 
     Examples
     --------
@@ -43,33 +42,15 @@ class WeightInt8(PerModuleMethod):
     3.8
     """
 
-    stage: ClassVar[str] = "quantise"
-    action: ClassVar[str] = "int8 weight"
-    targets: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d, nn.Embedding)
-
     @classmethod
     def menu(cls) -> tuple[WeightInt8, ...]:
         """Return the one configuration."""
         return (cls(),)
 
-    def decide(self, name: str, module: nn.Module, stats: Any) -> LayerPlan:
-        """Take every module whose rows are long enough for a scale to pay."""
-        weight = module.weight
-        if not isinstance(weight, Tensor):
-            return LayerPlan(name, "skip", "its weight is not a tensor")
-        if not bool(weight.isfinite().all()):
-            return LayerPlan(name, "skip", "its weight holds NaN or infinity")
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            return LayerPlan(name, "skip", "max_norm rewrites the table in forward")
-        if weight[0].numel() < 2 * weight.element_size():
-            return LayerPlan(name, "skip", f"rows of {weight[0].numel()} values are too short to save bytes")
-        return LayerPlan(name, self.action)
+    def store(self, weight: Tensor) -> StoredWeight:
+        """Round to int8."""
+        return Int8Weight.from_dense(weight)
 
-    def convert(self, module: nn.Module, stats: Any, layer: LayerPlan) -> nn.Module:
-        """Quantise the weight and keep bias and geometry."""
-        weight = Int8Weight.from_dense(module.get_parameter("weight"))
-        if isinstance(module, nn.Conv2d):
-            return StoredConv2d.like(module, weight)
-        if isinstance(module, nn.Embedding):
-            return StoredEmbedding(weight, module.padding_idx)
-        return StoredLinear(weight, module.bias)
+    def form(self, weight: Tensor) -> str:
+        """Take all but rows that are hardly longer than their scale."""
+        return "" if weight[0].numel() < 2 * weight.element_size() else "int8 weight"

@@ -1,11 +1,11 @@
-"""``CrossQuantLinear``: int8 weights times int8 activations in one integer product (arXiv 2410.07505).
+"""``CrossQuantLinear``: int8 or 4-bit weights times int8 activations in one integer product (arXiv 2410.07505).
 
 The paper's step t_i^alpha c_j^(1-alpha) / q depends on the summed axis j, so its column part s_j = c_j^(1-alpha),
 known from calibration, is folded into the weight before that is rounded:
 
     Y_ik = step_i v_k (sum_j Xq_ij Wq_kj) + b_k,   Xq = round(x_ij / s_j / step_i),   v_k Wq_kj ~= s_j W_kj.
 
-Cost: one int8 GEMM, one pass over x and one over y; bytes a quarter of float32 plus 4 (in + 2 out).
+Cost: one int8 GEMM, one pass over x and one over y; bytes a quarter (or an eighth) of float32 plus 4 (in + 2 out).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from quernel._validate import check_choice, check_finite, check_int, check_proba
 from quernel.nn._int8_kernels import ACTIVATIONS
 from quernel.nn._stored import StoredLinear
 from quernel.nn.functional.int8 import MAX_FEATURES, apply_int8_linear, levels_of
+from quernel.nn.weights.int4 import Int4GroupWeight
 from quernel.nn.weights.int8 import Int8Weight, keep_float32
 
 # Smallest maximum, as a share of the median one, that a channel's scale is made from.
@@ -80,7 +81,7 @@ class CrossQuantLinear(StoredLinear):
 
     Parameters
     ----------
-    weight : Int8Weight, shape (out_features, in_features)
+    weight : Int8Weight or Int4GroupWeight, shape (out_features, in_features)
         The rounded weight, its columns already multiplied by ``s``.
     bias : Tensor, shape (out_features,), optional
     inverse : Tensor, shape (in_features,), optional
@@ -114,12 +115,12 @@ class CrossQuantLinear(StoredLinear):
     True
     """
 
-    weight: Int8Weight
+    weight: Int8Weight | Int4GroupWeight
     inverse: Tensor | None
 
     def __init__(
         self,
-        weight: Int8Weight,
+        weight: Int8Weight | Int4GroupWeight,
         bias: Tensor | None = None,
         inverse: Tensor | None = None,
         *,
@@ -128,7 +129,7 @@ class CrossQuantLinear(StoredLinear):
         row: Literal["tight", "bound"] = "tight",
         activation: str | None = None,
     ) -> None:
-        check_type("weight", weight, Int8Weight)
+        check_type("weight", weight, (Int8Weight, Int4GroupWeight))
         super().__init__(weight, bias)
         if self.in_features > MAX_FEATURES:
             raise QuernelError(
@@ -168,8 +169,8 @@ class CrossQuantLinear(StoredLinear):
             divides by the scale already.
         alpha : float, default=0.15
             In [0, 1]: 1 quantises rows only, less moves more of the channels' range into the weight.
-        wbits : int, default=8
-            8, the width that is stored and multiplied.
+        wbits : {4, 8}, default=8
+            Bits of the stored weight; 4 has a scale for 32 inputs (128 from 1024 inputs on), 8 one a row.
         abits : int, default=8
             4 to 8.
         bias : bool, default=True
@@ -185,14 +186,13 @@ class CrossQuantLinear(StoredLinear):
         check_type("linear", linear, nn.Linear)
         if linear.weight.ndim != 2:
             raise QuernelError(f"linear.weight must have two dimensions; got shape {tuple(linear.weight.shape)}")
-        if check_int("wbits", wbits) != 8:
-            raise QuernelError(f"wbits must be 8, the width that is stored and multiplied here; got {wbits}")
         scale = channel_scale(absmax, alpha)
         if tuple(scale.shape) != (linear.in_features,):
             raise QuernelError(
                 f"absmax must have shape ({linear.in_features},), one entry an input channel; got {tuple(scale.shape)}"
             )
-        return cls.from_scale(linear, scale, alpha=alpha, abits=abits, bias=bias, row=row, activation=activation)
+        options: dict[str, Any] = {"wbits": wbits, "abits": abits, "bias": bias, "row": row, "activation": activation}
+        return cls.from_scale(linear, scale, alpha=alpha, **options)
 
     @classmethod
     def from_scale(
@@ -201,6 +201,7 @@ class CrossQuantLinear(StoredLinear):
         scale: Tensor,
         *,
         alpha: float = 1.0,
+        wbits: int = 8,
         abits: int = 8,
         bias: bool = True,
         row: Literal["tight", "bound"] = "tight",
@@ -216,16 +217,18 @@ class CrossQuantLinear(StoredLinear):
             Positive; the input is divided by it and the weight multiplied.
         alpha : float, default=1.0
             Exponent of the row maximum for ``row="bound"``, in [0, 1].
-        abits, bias, row, activation
+        wbits, abits, bias, row, activation
             As in ``from_linear``.
         """
+        check_choice("wbits", wbits, (4, 8))
         check_finite("scale", scale)
         if tuple(scale.shape) != (linear.in_features,) or bool((scale <= 0).any()):
             raise QuernelError(
                 f"scale must be positive with shape ({linear.in_features},); got shape {tuple(scale.shape)}"
             )
         scale = scale.detach().float().to(linear.weight.device)
-        weight = Int8Weight.from_dense(linear.weight.detach().float() * scale)
+        kind: type[Int8Weight | Int4GroupWeight] = Int8Weight if wbits == 8 else Int4GroupWeight
+        weight = kind.from_dense(linear.weight.detach().float() * scale)
         kept = linear.bias if bias else None
         if kept is not None:
             kept = nn.Parameter(kept.detach().float().clone(), requires_grad=kept.requires_grad)
@@ -235,9 +238,13 @@ class CrossQuantLinear(StoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         """Return ``activation(x @ W.T + bias)``."""
-        weight = self.weight
+        weight, levels, exponent = self.weight, self._levels, self._exponent
+        if isinstance(weight, Int4GroupWeight):
+            return weight.linear(
+                x, self.bias, inverse=self.inverse, levels=levels, alpha=exponent, activation=self.activation
+            )
         return apply_int8_linear(
-            x, weight.codes, weight.scale, self.bias, self.inverse, self._levels, self._exponent, self.activation
+            x, weight.codes, weight.scale, self.bias, self.inverse, levels, exponent, self.activation
         )
 
     def config(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Storage formats of weights: dense casts, int8, low rank."""
+"""Storage formats of weights: dense casts, int8, 4 bits, low rank, products of these."""
 
 from quernel._lazy import attach
 
@@ -10,6 +10,9 @@ __getattr__, __dir__, __all__ = attach(
         "Int4TableWeight": ".int4",
         "Int8Weight": ".int8",
         "LowRankWeight": ".low_rank",
+        "ProductWeight": ".product",
+        "ShiftWeight": ".shift",
+        "SparseWeight": ".sparse",
         "StackedWeight": ".stacked",
         "StoredWeight": "._base",
         "unique_bytes": "._base",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from quernel._registry import register
 from quernel._validate import check_choice, check_finite
 from quernel.nn._int4_kernels import GROUP_SIZES
 from quernel.nn._int4_packing import CHUNK, ROWS, pack, packed_shape, unpack, unpack_rows
+from quernel.nn.functional.dual_grained import DGQWeight, auto_group_size, dgq_search
 from quernel.nn.functional.int4 import apply_int4_linear, expand_int4
 from quernel.nn.weights._base import StoredWeight
 from quernel.nn.weights.int8 import keep_float32
@@ -74,8 +75,12 @@ class Int4Weight(StoredWeight):
         activation: str | None = None,
     ) -> Tensor:  # x: (..., in) -> (..., out)
         """Return the whole layer as one operation; options as ``apply_int4_linear`` takes them."""
-        codes, group_scale, group_zero, table = self._packed()
-        weight = (codes, self.scale, group_scale, group_zero, table)
+        if x.shape[-1:] != (self.columns,):  # codes are padded to whole chunks, so the product cannot tell
+            raise QuernelError(f"x must be of shape (..., {self.columns}) to fit {self.shape}; got {tuple(x.shape)}")
+        # Read as attributes of a module, the tensors would cost a decoded token several us.
+        held: Any = self._buffers
+        group_scale, group_zero, table = held.get("group_scale"), held.get("group_zero"), held.get("table")
+        weight = (held["codes"], held["scale"], group_scale, group_zero, table)
         return apply_int4_linear(x, *weight, bias, inverse, levels, alpha, activation)
 
     def rows(self, ids: Tensor) -> Tensor:  # ids: any shape -> (*ids.shape, in)
@@ -192,6 +197,32 @@ class Int4GroupWeight(Int4Weight):
                 f"group_scale * (code - group_zero) must stay in -127..127; got a magnitude of {largest}"
             )
         return new
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, group_size: int | Literal["auto"] = "auto") -> Self:
+        """Store ``weight``, shape (out, in, *kernel), with the scales of ``dgq_search`` for its own error.
+
+        Parameters
+        ----------
+        weight : Tensor
+        group_size : {"auto", 32, 64, 128}, default="auto"
+            "auto" is 32 below 1024 inputs, else 128.
+
+        Raises
+        ------
+        QuernelError
+            If ``weight`` holds NaN or infinity, or has fewer than two dimensions.
+        """
+        if weight.ndim < 2:
+            raise QuernelError(f"weight must have at least two dimensions (out, in, ...); got {tuple(weight.shape)}")
+        rows = weight.detach().flatten(1)
+        size = auto_group_size(rows.shape[1]) if group_size == "auto" else group_size
+        return cls.from_search(dgq_search(rows, None, size), tuple(weight.shape))
+
+    @classmethod
+    def from_search(cls, found: DGQWeight, shape: Sequence[int] | None = None) -> Self:
+        """Store what ``dgq_search`` found; ``shape`` as in ``from_codes``."""
+        return cls.from_codes(found.q, found.s1, found.S2, found.z, found.group_size, shape)
 
     def _packed(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         return self.codes, self.group_scale, self.group_zero, None

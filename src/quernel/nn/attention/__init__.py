@@ -1,0 +1,1 @@
+"""Token mixers: attention and what takes its place."""

@@ -1,0 +1,1 @@
+"""Convolutions whose weights are sparse, factored or otherwise less than dense."""
