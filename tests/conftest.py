@@ -10,6 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# CI tries the same examples every time; on a developer's machine each run tries others and remembers failures.
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 # Before anything imports a hub client: the suite must pass with the cable pulled.
 os.environ["HF_HUB_OFFLINE"] = "1"
