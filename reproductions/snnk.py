@@ -2,7 +2,7 @@
 
 What does not hold, and why: a layer of a trained net that is replaced in closed form loses two to three times what
 truncated SVD of the same size loses. Random features do not know which directions of the input matter, and for 784
-inputs a few hundred of them are few; an SVD knows the weight. Training the matrix afterwards closes 0.42 to 0.49 of the
+inputs a few hundred of them are few; an SVD knows the weight. Training the matrix afterwards closes 0.40 to 0.49 of the
 gap to the dense net, not half: it reaches the ceiling of its 256 fixed features within two epochs (eight give the
 same accuracy). A bundled model of thirty times fewer numbers is 3 points below the dense net, and 4 above a dense net
 of its size.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import _snnk_adapters as adapters
 import numpy as np
 import torch
-from _harness import Outcome, Reproduction, at_least, at_most
+from _harness import Outcome, Reproduction, Void, at_least, at_most
 from sklearn.kernel_approximation import RBFSampler
 from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.model_selection import KFold
@@ -35,6 +35,8 @@ snnk = Reproduction("snnk", paper="2310.13225")
 
 FEATURES = 2048
 FIT_SECONDS = 20.0
+# A fit that computes all the time gets nearly a processor second a second, or more on several threads.
+STARVED = 0.8
 
 
 @snnk.claim(
@@ -122,6 +124,8 @@ def bundled(seed: int) -> Outcome:
     start, cpu = time.perf_counter(), time.process_time()
     model = BundledClassifier(FEATURES, alpha=alpha, random_state=seed).fit(x, y)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    if cpu < STARVED * seconds:
+        raise Void(f"the fit got {cpu:.1f} processor seconds in {seconds:.1f} s: the machine is busy")
     ours = 100 * model.score(x_test, y_test)
     features = RBFSampler(gamma=gamma, n_components=FEATURES, random_state=seed).fit(x)
     peer = RidgeClassifier(strength, solver="cholesky").fit(features.transform(x), y)

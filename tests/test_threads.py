@@ -165,7 +165,8 @@ def test_a_product_inside_a_pool_range_uses_one_core(monkeypatch):
     def work(start, stop):
         if start == 0:
             earlier = busy()
-            for _ in range(5):
+            # A third of a second: workers of earlier operations may spin for milliseconds before they sleep.
+            for _ in range(60):
                 a @ a
             used.put([now - earlier.get(task, 0) for task, now in busy().items()])
 
