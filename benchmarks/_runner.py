@@ -55,7 +55,7 @@ from quernel import _timing
 
 HERE = Path(__file__).resolve().parent
 MIN_ROUNDS = 15
-ATTEMPTS = 3
+ATTEMPTS = 6
 
 
 class Unavailable(Exception):
@@ -271,13 +271,16 @@ def _prepared(file: Path, peer: Peer, state: Any, n: int, stack: contextlib.Exit
 
 
 def _measure(case: Case, state: Any, peers: dict[str, Any], settings: Settings) -> dict[str, _timing.PairedRatio] | str:
-    """Time until the result is valid, at most ``attempts`` times; a text says why it was refused."""
+    """Time until the result is valid, at most ``attempts`` times, each longer; a text says why it was refused.
+
+    Short calls scatter: where ours against itself does not measure 1, more rounds tell chance from a busy machine.
+    """
     results: dict[str, _timing.PairedRatio] = {}
-    for _ in range(1 if settings.force else settings.attempts):
+    for attempt in range(1 if settings.force else settings.attempts):
         if not settings.force and not _quiet(settings.wait_s):
             return f"refused: other processes have been busy for {settings.wait_s:.0f} s"
         results = _timing.paired_ratios(
-            lambda: case.ours(state), peers, rounds=case.rounds, min_ms=case.min_ms, slope=case.slope
+            lambda: case.ours(state), peers, rounds=case.rounds * (1 + attempt), min_ms=case.min_ms, slope=case.slope
         )
         if all(result.valid for result in results.values()):
             return results

@@ -28,6 +28,10 @@ GROUP = 128
 # One core: int8 products; what streams from L3 up to 16 MB, and from memory beyond.
 INT8_OPS, CACHE_BYTES, MEMORY_BYTES = 860e9, 95e9, 39e9
 CACHE_SIZE = 2**24
+# A sample of a decoded token lasts this long, so that the weight stays where a loop over one layer keeps it; what a
+# model with more layers than the cache holds gets is a case of its own.
+DECODE_MS = 20.0
+STACK = 8
 # 4-bit weights on random normal rows, groups of 128.
 RELATIVE_ERROR = 0.12
 ENCODER_COSINE = 0.96
@@ -52,6 +56,27 @@ def layers(rows: int, out_features: int, in_features: int) -> SimpleNamespace:
         dynamic=dynamic_int8(nn.Sequential(linear)),
         size=(rows, out_features, in_features),
     )
+
+
+def stack(out_features: int, in_features: int) -> SimpleNamespace:
+    """Return several layers of their own memory, together far beyond every cache."""
+    one = layers(1, out_features, in_features)
+    peers = ("linear", "half", "ours", "int8", "dynamic")
+    many = {name: [copy.deepcopy(getattr(one, name)) for _ in range(STACK)] for name in peers}
+    packed = [(one.packed[0].clone(), one.packed[1].clone()) for _ in range(STACK)]
+    return SimpleNamespace(**vars(one) | {"many": many | {"packed": packed}})
+
+
+def through(name: str, state: SimpleNamespace) -> list[Tensor]:
+    """Run the token through every layer of the stack."""
+    if name == "packed":
+        return [torch._weight_int4pack_mm_for_cpu(state.half_x, w, GROUP, s) for w, s in state.many["packed"]]
+    x = state.half_x if name == "half" else state.x
+    return [layer(x) for layer in state.many[name]]
+
+
+def stack_bound(state: SimpleNamespace, threads: int) -> float:
+    return STACK * state.ours.weight.nbytes / MEMORY_BYTES / threads * 1e3
 
 
 def int4_packed(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,8 +172,25 @@ CASES = [
             target=TARGETS.get((rows, m, n), {}),
             bound_ms=layer_bound,
             bound="weight bytes at 95 (L3) or 39 (memory) GB/s and products at 860 Gop/s a core",
+            min_ms=DECODE_MS if rows == 1 else 1.0,
         )
         for rows, m, n in (*DECODE, *PREFILL)
+    ),
+    Case(
+        name=f"decode 4096x4096 through {STACK} layers, M=1",
+        setup=partial(stack, 4096, 4096),
+        ours=partial(through, "ours"),
+        peers={
+            "fp32": partial(through, "linear"),
+            "bf16": partial(through, "half"),
+            "torch int4 (bf16 activations)": partial(through, "packed"),
+            "int8 _int_mm": partial(through, "int8"),
+            "dynamic int8": partial(through, "dynamic"),
+        },
+        gate=right,
+        bound_ms=stack_bound,
+        bound="weight bytes at 39 GB/s a core",
+        min_ms=DECODE_MS,
     ),
     Case(
         name="all-MiniLM-L6-v2, 32 x 64 tokens",

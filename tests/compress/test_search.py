@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quernel._errors import FormatError, QuernelError
-from quernel.compress import Budget, Cast, CrossQuant, Method, SmoothQuant, WeightInt8, _measure, _trial, search
+from quernel.compress import Budget, Cast, CrossQuant, Method, SmoothQuant, WeightInt8, WeLore, _measure, _trial, search
 from quernel.compress._menu import Point, combinations, front
 from quernel.compress._trial import Trial, data_digest
 
@@ -98,8 +98,6 @@ def test_one_metric_for_both_splits_is_said():
 
 
 def test_a_method_that_loses_alone_is_still_combined():
-    from quernel.compress import WeLore
-
     whole = Point((), 100, 0.95)
     points = [Point((WeightInt8(),), 25, 0.95), Point((WeLore(0.2, budget="params"),), 80, 0.94)]
     assert front(points) == points[:1]
@@ -120,6 +118,16 @@ def test_one_stage_is_shared_only_where_the_second_method_reaches_more():
     assert found == [(CrossQuant(), WeightInt8())]  # linear layers first, then the rest
     same_reach = Point((SmoothQuant(),), 55, 0.9)
     assert combinations([linears, same_reach], [], whole) == []
+
+
+def test_combinations_that_come_to_nothing_do_not_count():
+    # Int8 layers leave nothing to int8 weights, yet that pair promises the fewest bytes.
+    result = run(
+        Budget(drop=0.9), methods=[CrossQuant(), WeightInt8(), WeLore(0.5, budget="params")], max_combinations=1
+    )
+    joined = [t for t in result.trials if len(t.candidate) > 1]
+    assert [t.ok for t in joined].count(True) == 1 and not joined[0].ok
+    assert "changes nothing here" in joined[0].reason
 
 
 def test_interrupted_search_resumes_where_it_was(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from quernel._errors import QuernelError
 from quernel._intrinsics import portable
 from quernel.nn import _int8_chain as chain
+from quernel.nn import _native_ranges
 from quernel.nn.functional import int8_linear
 
 
@@ -30,7 +31,7 @@ def test_any_number_of_ranges_gives_the_same_bits(threads, n, team, monkeypatch,
     monkeypatch.setattr(chain, "BLOCK", 50)
     monkeypatch.setattr(chain, "GRAIN", 20)
     if not team:
-        monkeypatch.setattr(chain, "native_team", lambda: None)
+        monkeypatch.setattr(_native_ranges, "native_team", lambda: None)
     assert torch.equal(int8_linear(*arguments), wanted)
 
 

@@ -223,7 +223,7 @@ def search(
     options |= {"include": include, "exclude": exclude}
     runner = _Runner(model, select, options, store, executor, progress, budget, full)
     runner.run(singles(default_methods(available(context, finetune)) if methods is None else methods))
-    runner.run(runner.promising(max_combinations))
+    runner.combine(max_combinations)
     done = [t for t in runner.trials if t.ok]
     if not done:
         reasons = "; ".join(sorted({t.reason for t in runner.trials})[:3])
@@ -243,6 +243,10 @@ def search(
         seconds=time.perf_counter() - start,
     )
     return SearchResult(judged.model, report, judged.recipe, tuple(runner.trials), chosen.candidate, satisfied)
+
+
+# Combinations tried for each that is wanted.
+ATTEMPTS_A_COMBINATION = 4
 
 
 class _Runner:
@@ -286,6 +290,19 @@ class _Runner:
                 trial = replace(trial, key=self.store.key(candidate))
                 self.store.put(trial)
             self.trials.append(trial)
+
+    def combine(self, most: int) -> None:
+        """Run the most promising combinations until ``most`` of them came to something.
+
+        One whose first methods leave nothing to the last costs little and does not count, within bounds.
+        """
+        first = len(self.trials)
+        while (left := most - sum(t.ok for t in self.trials[first:])) > 0:
+            room = ATTEMPTS_A_COMBINATION * most - (len(self.trials) - first)
+            batch = self.promising(min(left, room)) if room > 0 else []
+            if not batch:
+                return
+            self.run(batch)
 
     def promising(self, most: int) -> list[Candidate]:
         """Return combinations that are predicted to keep the metric within the budget, smallest first."""

@@ -2,8 +2,8 @@
 
 Between two products the caches are cold, and every Python step costs several times what it costs in a loop; on two
 threads the interpreter lock would be handed over six times a block. So the product is called through the C interface
-that torch keeps stable for ahead-of-time compiled models (``torch/csrc/inductor/aoti_torch``), and the ranges of rows
-start on torch's OpenMP team directly.
+that torch keeps stable for ahead-of-time compiled models (``torch/csrc/inductor/aoti_torch``), and ``run_ranges``
+starts the ranges of rows on torch's OpenMP team directly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 
 from quernel._errors import QuernelError
-from quernel._threads import native_team, num_threads, parallel_ranges, workspace
+from quernel._threads import workspace
 from quernel.nn._addresses import I32, I64, make_caller, pointer
+from quernel.nn._native_ranges import parts_for, run_ranges
 
 # Rows of one pass of the chain: enough to amortise the GEMM's repacking of the weight, few enough for the cache.
 BLOCK = 512
@@ -28,14 +29,13 @@ BLOCK = 512
 GRAIN = 64
 ALIGNMENT = 64
 
-# What one call hands to its threads, all int64: functions of torch, its codes of dtypes and device; functions of
-# OpenMP; addresses of the passes and operands; sizes; the ranges of rows and their memory.
+# What one call hands to its threads, all int64: functions of torch, its codes of dtypes and device; addresses of the
+# passes and operands; sizes; how many rows at a time, and each range's memory. Last comes whether a product failed.
 FIELDS = (
     *("product", "create", "delete", "int8", "int32", "device"),
-    *("rank", "granted"),
     *("quantise", "dequantise", "x", "inverse", "levels", "alpha", "weight", "scale", "bias", "out"),
     *("n", "k", "m", "size"),
-    *("parts", "block", "room", "scratch", "failed"),
+    *("block", "room", "scratch", "failed"),
 )
 CALL = np.dtype([(name, np.int64) for name in FIELDS])
 
@@ -68,24 +68,12 @@ def apply(
     functions = _torch_functions()
     if functions is None:
         raise QuernelError("this build of torch lacks the C interface to its int8 product; ask available() first")
-    parts = 1 if n < 2 * GRAIN else min(num_threads(), n // GRAIN)
-    team = native_team() if parts > 1 else None
-    if parts > 1 and team is None:
-        x, *constants, out = operands
-
-        def work(start: int, stop: int) -> None:
-            moved = (x + start * k * size, *constants, out + start * m * size)
-            apply(quantise, dequantise, moved, stop - start, k, m, size)  # type: ignore[arg-type]
-
-        parallel_ranges(work, n, threads=parts)
-        return
+    parts = parts_for(n, n, GRAIN)
     block = min(BLOCK, -(-n // parts))
     room = (block * (k + 4 * m + 4) + 3 * ALIGNMENT) // ALIGNMENT * ALIGNMENT
-    start, rank, granted = (0, 0, 0) if team is None else team
-    run = 0 if team is None else _range().address
     scratch = workspace("int8_linear", parts * room, torch.int8)
-    sizes = (n, k, m, size, parts, block, room, scratch.data_ptr())
-    if _launch(start, run, (*functions, rank, granted, quantise, dequantise, *operands, *sizes)):
+    sizes = (n, k, m, size, block, room, scratch.data_ptr())
+    if run_ranges(_rows().address, (*functions, quantise, dequantise, *operands, *sizes), n, parts):
         raise QuernelError(f"torch's int8 product failed for {n} rows, {k} inputs, {m} outputs; see its message above")
 
 
@@ -114,10 +102,8 @@ def _torch_functions() -> tuple[int, ...] | None:
 _product = make_caller(I64, I64, I64)
 _create = make_caller(I64, I64, I64, I64, I64, I32, I32, I32, I64)
 _delete = make_caller(I64)
-_ask = make_caller(I64)  # OpenMP's questions take no argument; one in a register does no harm
 _quantise = make_caller(*[I64] * 8, returns=ir.VoidType())
 _dequantise = make_caller(*[I64] * 7, returns=ir.VoidType())
-_parallel = make_caller(I64, I64, I32, I32, returns=ir.VoidType())
 
 
 @njit(nogil=True, cache=True, fastmath=False)
@@ -153,12 +139,11 @@ def _aligned(address: Any) -> Any:
     return (address + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
-@njit(nogil=True, cache=True, fastmath=False)
-def _chain(table: Any, start: Any, stop: Any, scratch: Any) -> None:
-    """Run the passes over the rows from ``start`` to ``stop``."""
+def _chain(table: Any, start: Any, stop: Any, part: Any) -> None:
+    """Run the passes over the rows from ``start`` to ``stop``, in the memory of range number ``part``."""
     call = _call(table)
     k, m = call.k, call.m
-    sums = _aligned(scratch)
+    sums = _aligned(call.scratch + part * call.room)
     steps = _aligned(sums + 4 * call.block * m)
     codes = _aligned(steps + 4 * call.block)
     # A view of the row-major weight: what the GEMM wants at few rows, and no worse at many.
@@ -175,28 +160,6 @@ def _chain(table: Any, start: Any, stop: Any, scratch: Any) -> None:
 
 
 @functools.cache
-def _range() -> Any:
-    """Return the C function that each thread of the team runs."""
-
-    @cfunc(types.void(types.int64), cache=True, fastmath=False)
-    def run(table: Any) -> None:
-        call = _call(table)
-        # The runtime may grant fewer threads than asked for (nested regions, limits).
-        for part in range(_ask(call.rank, (0,)), call.parts, _ask(call.granted, (0,))):
-            start, stop = call.n * part // call.parts, call.n * (part + 1) // call.parts
-            _chain(table, start, stop, call.scratch + part * call.room)
-
-    return run
-
-
-@njit(nogil=True, cache=True, fastmath=False)
-def _launch(parallel: Any, run: Any, fields: Any) -> Any:
-    """Run one call on this thread, or by ``run`` on the team that ``parallel`` starts; return whether it failed."""
-    memory = np.array([*fields, 0])
-    table = memory.ctypes.data
-    call = _call(table)
-    if parallel == 0:
-        _chain(table, 0, call.n, call.scratch)
-    else:
-        _parallel(parallel, (run, table, call.parts, 0))
-    return memory[-1] != 0  # the last use: Numba frees an array right after it
+def _rows() -> Any:
+    """Return the C function of a range of rows, as ``run_ranges`` calls it."""
+    return cfunc(types.void(*[types.int64] * 4), cache=True, fastmath=False)(_chain)

@@ -24,6 +24,8 @@ from quernel.nn.functional.int4 import apply_int4_linear, expand_int4
 from quernel.nn.weights._base import StoredWeight
 from quernel.nn.weights.int8 import keep_float32
 
+# Rows whose products are checked at a time, in 12 bytes a weight.
+_CHECKED_ROWS = 256
 LEVELS = 127
 W = TypeVar("W", bound="Int4Weight")
 
@@ -190,8 +192,12 @@ class Int4GroupWeight(Int4Weight):
         new.group_scale[: size[0], : size[1]] = group_scale.to(torch.int8)
         new.group_zero[: size[0], : size[1]] = group_zero.to(torch.uint8)
         columns = torch.arange(new.columns, device=codes.device) // group_size
-        products = group_scale.int()[:, columns] * (codes.int() - group_zero.int()[:, columns])
-        largest = int(products.abs().max())
+        largest = 0
+        for q, scales, zeros in zip(
+            *(part.split(_CHECKED_ROWS) for part in (codes, group_scale, group_zero)), strict=True
+        ):
+            products = scales.int()[:, columns] * (q.int() - zeros.int()[:, columns])
+            largest = max(largest, int(products.abs().max()))
         if largest > LEVELS:
             raise QuernelError(
                 f"group_scale * (code - group_zero) must stay in -127..127; got a magnitude of {largest}"

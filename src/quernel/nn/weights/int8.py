@@ -86,11 +86,16 @@ class Int8Weight(StoredWeight):
         """
         check_finite("weight", weight)
         new = cls(tuple(weight.shape)).to(weight.device)
-        rows = weight.detach().float().flatten(1)
-        scale = rows.abs().amax(dim=1) / 127 if rows.shape[1] else rows.new_zeros(len(rows))
-        safe = torch.where(scale > 0, scale, 1.0)
-        new.codes = (rows / safe[:, None]).round().clamp(-127, 127).to(torch.int8).reshape(weight.shape)
-        new.scale = scale
+        whole = weight.detach().flatten(1)
+        # A block of rows at a time: rounding a whole layer at once would need several copies of it.
+        block = max(1, BLOCK_BYTES // (4 * max(1, whole.shape[1])))
+        for rows, codes, scale in zip(
+            *(part.split(block) for part in (whole, new.codes.flatten(1), new.scale)), strict=True
+        ):
+            values = rows.float()
+            if values.shape[1]:
+                scale.copy_(values.abs().amax(dim=1) / 127)
+            codes.copy_(values.div(torch.where(scale > 0, scale, 1.0)[:, None]).round_().clamp_(-127, 127))
         return new
 
     def dense(self) -> Tensor:
