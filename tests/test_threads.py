@@ -321,6 +321,15 @@ def test_workspaces_grow_and_differ_by_key_and_dtype():
     assert workspace("grow", 1000, torch.float32).shape == (1000,)
 
 
+def test_zeroed_workspaces_begin_as_zeros_and_keep_what_is_left_in_them():
+    held = workspace("zeroed", 1000, torch.int32, zeroed=True)
+    assert not held.any()
+    held[3] = 7
+    assert workspace("zeroed", 10, torch.int32, zeroed=True)[3] == 7
+    held[3] = 0
+    assert not workspace("zeroed", 100_000, torch.int32, zeroed=True).any()
+
+
 def test_workspaces_of_ended_teams_are_dropped():
     if _threads._openmp() is None:
         pytest.skip("torch does not bring libgomp here")

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from quernel._array_folder import ArrayFolder
 from quernel._errors import FormatError, MissingExtraError, QuernelError
 from quernel._io import CONFIG, read_folder, write_atomically, write_folder
 from quernel._module_tree import (
@@ -78,7 +79,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
                 f"{file}: field 'quernel.content.class' names {cls.__name__}, which is not saved on its own"
             )
         with fitting(file, "quernel.content"):
-            return cls.from_folder(folder.content, folder.tensors)
+            # Some objects have parts in folders of their own beside the file.
+            place = {"path": folder.path} if issubclass(cls, ArrayFolder) else {}
+            return cls.from_folder(folder.content, folder.tensors, **place)
     architecture, modules = folder.content.get("architecture"), folder.content.get("modules")
     if not isinstance(architecture, dict) or not isinstance(modules, dict):
         raise FormatError(f"{file}: fields 'quernel.content.architecture' and '.modules' must be objects")

@@ -107,10 +107,11 @@ def parallel_ranges(work: Work, n: int, *, grain: int = 1, threads: int | None =
         raise failures[0]
 
 
-def workspace(key: str, size: int, dtype: Any) -> Any:
+def workspace(key: str, size: int, dtype: Any, *, zeroed: bool = False) -> Any:
     """Return this thread's flat tensor of at least ``size`` elements, kept between calls.
 
-    Large temporaries would go back to the system and fault in again on every call.
+    Large temporaries would go back to the system and fault in again on every call. With ``zeroed`` a fresh one is
+    zeros; whoever uses the key puts zeros back where it wrote.
     """
     import torch
 
@@ -120,7 +121,8 @@ def workspace(key: str, size: int, dtype: Any) -> Any:
     if tensor is None or tensor.numel() < size:
         # One made inside inference_mode could not be written to outside it, and it outlives the block.
         with torch.inference_mode(False):
-            tensor = held[(key, dtype)] = torch.empty(size, dtype=dtype, device="cpu")
+            make = torch.zeros if zeroed else torch.empty
+            tensor = held[(key, dtype)] = make(size, dtype=dtype, device="cpu")
     return tensor[:size]
 
 

@@ -41,3 +41,68 @@ def murmur3_32(data, seed=0):
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & MASK32
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & MASK32
     return h ^ (h >> 16)
+
+
+SIGNS = 0x5167
+
+
+def sign_at(seed, position):
+    word = mix64(seed, position // 64, SIGNS)
+    return 1 - 2 * (word >> (position % 64) & 1)
+
+
+def block_slot(row, column, size, dim, block, start_of):
+    """Return slot and position of one number of a table; ``start_of(block number)`` is where a block begins."""
+    if block <= dim:
+        position = row * -(-dim // block) * block + column
+    else:
+        position = row * dim + column
+    return (start_of(position // block) + position % block) % size, position
+
+
+def tile_slot(n, k, shape, tile, order, start_of):
+    """Return slot and position of one weight; ``start_of(tile row, tile column)`` is where a tile begins."""
+    a, i = divmod(n, tile[0])
+    b, j = divmod(k, tile[1])
+    place = i * tile[1] + j if order == "n-major" else j * tile[0] + i
+    tiles_in_a_row = -(-shape[1] // tile[1])
+    return start_of(a, b) + place, (a * tiles_in_a_row + b) * tile[0] * tile[1] + place
+
+
+def cell(seed, table, values, n_cells):
+    return fastrange(mix64(seed, table, *(value % 2**64 for value in values)), n_cells)
+
+
+def min_hashes(items, bins, seed):
+    own = {}
+    for item in items:
+        h = mix64(seed, item)
+        place, value = fastrange(h, bins), h & MASK32
+        own[place] = min(value, own.get(place, value))
+    row = []
+    for place in range(bins):
+        source, attempt, at = place, 0, mix64(seed, 0xB0, place)
+        if source not in own:
+            source = fastrange(at, bins)
+        while source not in own:
+            attempt += 1
+            source = fastrange(splitmix64_finalise((at + attempt + GOLDEN) & MASK64), bins)
+        row.append(own[source])
+    return row
+
+
+def winner(x, places):
+    best = 0
+    for j, place in enumerate(places):
+        if x[place] > x[places[best]]:
+            best = j
+    return best
+
+
+def buckets(codes, values=None):
+    """Return {(table, code): sorted items}, or sorted distinct values."""
+    held = {}
+    for i, row in enumerate(codes):
+        for table, code in enumerate(row):
+            held.setdefault((table, int(code)), []).extend([i] if values is None else map(int, values[i]))
+    return {key: sorted(items) if values is None else sorted(set(items)) for key, items in held.items()}
