@@ -1,4 +1,4 @@
-"""Axes: a linear map from values to pixels and round tick values (steps of 1, 2 or 5 times a power of ten)."""
+"""Axes: linear and logarithmic maps from values to pixels, and round tick values (1, 2 or 5 times a power of ten)."""
 
 from __future__ import annotations
 
@@ -31,6 +31,32 @@ class Axis:
         spec = f".{decimals}f" if decimals <= 8 and abs(self.high) < 1e7 else ".3g"
         # Adding 0.0 turns the label "-0" into "0".
         return [(k * step, format(k * step + 0.0, spec)) for k in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class LogAxis(Axis):
+    """A range of positive values laid over a range of pixels by their logarithms."""
+
+    def at(self, value: float) -> float:
+        """Return the pixel of a value."""
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return self.start + share * (self.stop - self.start)
+
+    def ticks(self, count: int) -> list[tuple[float, str]]:
+        """Return the powers of ten inside the range, with 2 and 5 times them where there are few of them."""
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        for steps in ((1,), (1, 2, 5), range(1, 10)):
+            values = [m * 10.0**p for p in powers for m in steps if self.low <= m * 10.0**p <= self.high]
+            if len(values) >= min(3, count):
+                break
+        return [(value, f"{value:,.0f}" if value >= 1 else f"{value:g}") for value in values]
+
+
+def by_powers(values: Sequence[float], start: float, stop: float) -> LogAxis:
+    """Return a logarithmic axis that frames positive values with some air, for speeds over several powers of ten."""
+    low, high = min(values), max(values)
+    air = max((high / low) ** 0.1, 1.3)
+    return LogAxis(low / air, high * air, start, stop)
 
 
 def from_zero(values: Sequence[float], start: float, stop: float) -> Axis:

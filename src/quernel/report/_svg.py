@@ -61,7 +61,7 @@ def pareto_plot(points: Sequence[Point], frame: Frame, best: Sequence[Point] | N
 
     ``best`` are the points of the front where it is known already.
     """
-    left, right, top, bottom = 58, frame.width - 14, 34, frame.height - 48
+    left, right, top, bottom = room(frame)
     x_axis = from_zero([p.x for p in points], left, right)
     y_axis = around([p.y for p in points], bottom, top)
     best = front(points) if best is None else sorted(best, key=lambda p: (p.x, p.y))
@@ -79,6 +79,27 @@ def pareto_plot(points: Sequence[Point], frame: Frame, best: Sequence[Point] | N
         role="group",
         data_walk=True,
     )
+
+
+def scatter_plot(points: Sequence[Point], frame: Frame, x_axis: Axis, y_axis: Axis) -> Markup:
+    """Draw points over given axes and label those that are marked; ``room`` gives the pixels that axes may take."""
+    ordered = sorted(points, key=lambda p: (p.x, p.y))
+    return tag(
+        "svg",
+        tag("title", f"{frame.y_title} against {frame.x_title}: {len(points)} points"),
+        _grid(x_axis, y_axis, frame),
+        *(_mark(point, False, i == 0, x_axis, y_axis) for i, point in enumerate(ordered)),
+        *(_label(point, x_axis, y_axis, frame) for point in ordered if point.chosen or point.original),
+        viewBox=f"0 0 {frame.width} {frame.height}",
+        class_="plot",
+        role="group",
+        data_walk=True,
+    )
+
+
+def room(frame: Frame) -> tuple[int, int, int, int]:
+    """Return the pixels between which the points of a frame lie: left, right, top, bottom."""
+    return 58, frame.width - 14, 34, frame.height - 48
 
 
 def heat_map(bands: Sequence[Band], texts: Sequence[str], *, cell: int, row: int) -> Markup:

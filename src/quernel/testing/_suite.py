@@ -16,9 +16,11 @@ Check = Callable[[type], None]
 
 SUITES = {
     "estimator": ".estimators",
+    "index": ".indexes",
     "method": ".methods",
     "model": ".modules",
     "module": ".modules",
+    "sketch": ".sketches",
     "weight": ".weights",
 }
 # A whole model may need its inputs in the dtype of its parameters.

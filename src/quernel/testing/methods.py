@@ -17,14 +17,15 @@ from quernel._registry import example_of
 from quernel.compress import Context, Method, Result, compress
 from quernel.compress._method import method_from_description
 from quernel.nn.weights import unique_bytes
-from quernel.testing._suite import global_generators_untouched, require, require_equal, run_all
+from quernel.testing._suite import global_generators_untouched, require, require_close, require_equal, run_all
 
 
 def check_method(cls: type) -> None:
     """Run every check of the ``method`` contract.
 
     The registered ``example()`` returns ``{"method": instance, "model": () -> nn.Module in eval mode,
-    "data": list of batches, "example_inputs": tuple}``.
+    "data": list of batches, "example_inputs": tuple}``; ``"compile": False`` or ``"export": False`` withdraw
+    those promises of the compressed model.
     """
     run_all(cls, "method")
 
@@ -120,6 +121,21 @@ def check_inplace(cls: type) -> None:
     _require_same_model(cls, "inplace", model, wanted)
 
 
+def check_compile(cls: type) -> None:
+    """``torch.compile`` and ``torch.export`` take the result and give the same outputs, where promised."""
+    example = _example(cls)
+    model = _compress(cls, example["model"]()).model
+    wanted = _run(model, example)
+    if example.get("compile", True):
+        compiled: Any = torch.compile(model, backend="aot_eager")
+        require_close(cls, "compiled output", _run(compiled, example), wanted)
+        torch.compiler.reset()
+    if example.get("export", True):
+        with torch.no_grad():
+            program = torch.export.export(model, tuple(example["example_inputs"]), strict=False).module()
+        require_close(cls, "exported output", _run(program, example), wanted)
+
+
 def check_refusals(cls: type) -> None:
     """Missing needs, empty data, wrong models and empty selections raise a Quernel error that says so."""
     example = _example(cls)
@@ -175,5 +191,6 @@ CHECKS = {
     "save_and_load": check_save_and_load,
     "dry_run": check_dry_run,
     "inplace": check_inplace,
+    "compile": check_compile,
     "refusals": check_refusals,
 }

@@ -1,0 +1,18 @@
+"""Indexes: find the closest items, exactly or fast; one set of verbs for all of them."""
+
+from quernel._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "FlatIndex": ".flat",
+        "FlinngIndex": ".flinng",
+        "FlinngSettings": "._flinng_settings",
+        "FlinngStats": ".flinng",
+        "Index": "._index",
+        "MaxIPIndex": ".max_inner_product",
+        "ShardError": "._shard_workers",
+        "ShardedAnswer": ".sharded",
+        "ShardedIndex": ".sharded",
+    },
+)

@@ -1,0 +1,174 @@
+"""Where shards live: threads of this process, or actors of a Ray cluster; the same few calls either way.
+
+A worker holds one index and answers by the name of a method. ``Workers.call`` sends one call to several shards at once
+and returns, shard by shard, the answer or the exception that came instead: a ``ShardError`` where the shard is dead.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from quernel._errors import MissingExtraError, QuernelError
+from quernel._registry import resolve_class
+from quernel.search._index import Index
+
+
+class ShardError(QuernelError):
+    """A shard does not answer; ``shard`` is its number."""
+
+    def __init__(self, shard: int, why: str) -> None:
+        super().__init__(
+            f"shard {shard} does not answer: {why}. Call restore() to start it again from its last save, or search "
+            "with partial=True to do without it"
+        )
+        self.shard = shard
+
+
+class Shard:
+    """One index and what is asked of it."""
+
+    def __init__(self, description: Mapping[str, Any], folder: str | None = None) -> None:
+        cls: Any = resolve_class(description["class"], file="shard", field="class")
+        self.index: Index = cls.load(folder) if folder else cls.from_config(description["config"])
+
+    def add(self, items: Any, slots: Any) -> int:
+        """Add items under the numbers of their slots in the whole index; return how many there are now."""
+        self.index.add(items, slots)
+        return len(self.index)
+
+    def remove(self, slots: Any) -> int:
+        """Delete items."""
+        return self.index.remove(slots)
+
+    def ranked(self, queries: Any, k: int, options: Mapping[str, Any]) -> Any:
+        """Return a ``Ranking`` of the shard's own answer."""
+        return self.index.ranked(queries, k, **options)
+
+    def save(self, folder: str) -> None:
+        """Save the index."""
+        self.index.save(folder)
+
+    def slots(self) -> Any:
+        """Return the slots it can find."""
+        return self.index.ids
+
+    def nbytes(self) -> int:
+        """Return the bytes it holds."""
+        return self.index.nbytes
+
+    def pid(self) -> int:
+        """Return the process it lives in."""
+        return os.getpid()
+
+
+class Workers(ABC):
+    """The shards of one index."""
+
+    def __init__(self, description: Mapping[str, Any], n: int) -> None:
+        self.description = dict(description)
+        self.n = n
+
+    def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Call a method on the shards that ``arguments`` names, all at once; return answers or exceptions."""
+        started = {shard: self._start(shard, method, values) for shard, values in arguments.items()}
+        return {shard: self._finish(shard, work) for shard, work in started.items()}
+
+    def all(self, method: str, *arguments: Any) -> dict[int, Any]:
+        """Call a method on every shard with the same arguments."""
+        return self.call(method, dict.fromkeys(range(self.n), arguments))
+
+    @abstractmethod
+    def restart(self, shard: int, folder: Path | None) -> None:
+        """Put a fresh shard in the place of one, loaded from ``folder`` if there is one."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything that runs."""
+
+    @abstractmethod
+    def _start(self, shard: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        """Begin a call."""
+
+    @abstractmethod
+    def _finish(self, shard: int, work: Any) -> Any:
+        """Wait for a call and return its answer or exception."""
+
+
+class ThreadWorkers(Workers):
+    """Shards in this process, each asked on a thread of its own; for one machine, and for tests."""
+
+    def __init__(self, description: Mapping[str, Any], n: int) -> None:
+        super().__init__(description, n)
+        self._shards = [Shard(description) for _ in range(n)]
+        self._pool = ThreadPoolExecutor(n, thread_name_prefix="quernel-shard")
+
+    def restart(self, shard: int, folder: Path | None) -> None:
+        """Replace the shard."""
+        self._shards[shard] = Shard(self.description, None if folder is None else str(folder))
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown()
+
+    def _start(self, shard: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        return self._pool.submit(getattr(self._shards[shard], method), *arguments)
+
+    def _finish(self, shard: int, work: Any) -> Any:
+        error = work.exception()
+        return work.result() if error is None else error
+
+
+class RayWorkers(Workers):
+    """Shards as actors of a Ray cluster, one processor each.
+
+    Parameters
+    ----------
+    description : mapping
+        Class and config of the index of a shard.
+    n : int
+        Number of shards.
+    address : str, optional
+        As ``ray.init`` takes it; default joins a running cluster, or starts one on this machine.
+    """
+
+    def __init__(self, description: Mapping[str, Any], n: int, address: str | None = None) -> None:
+        super().__init__(description, n)
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("quernel.search.ShardedIndex on Ray", "ray") from error
+        self._ray: Any = ray
+        self._owner = not ray.is_initialized()
+        if self._owner:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False)
+        self._actor = ray.remote(num_cpus=1)(Shard)
+        self._actors = [self._actor.remote(self.description) for _ in range(n)]
+
+    def restart(self, shard: int, folder: Path | None) -> None:
+        """Start another actor; what is left of the old one is killed."""
+        self._ray.kill(self._actors[shard])
+        self._actors[shard] = self._actor.remote(self.description, None if folder is None else str(folder))
+
+    def close(self) -> None:
+        """Kill the actors, and stop a cluster that was started here."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        if self._owner and self._ray.is_initialized():
+            self._ray.shutdown()
+
+    def _start(self, shard: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        return getattr(self._actors[shard], method).remote(*arguments)
+
+    def _finish(self, shard: int, work: Any) -> Any:
+        try:
+            return self._ray.get(work)
+        except self._ray.exceptions.RayTaskError as error:
+            # What the index itself raised, on the other side; its own error is the useful one.
+            return error.cause if isinstance(error.cause, Exception) else error
+        except self._ray.exceptions.RayError as error:
+            return ShardError(shard, str(error).strip().splitlines()[0])

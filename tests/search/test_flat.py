@@ -1,0 +1,100 @@
+"""FlatIndex against plain loops, in every metric."""
+
+import numpy as np
+import pytest
+
+from quernel._errors import FormatError, QuernelError
+from quernel.hashing import Sets, jaccard_similarity
+from quernel.search import FlatIndex, Index, flat
+
+# Sums of a few float32 products in another order.
+SAME = 1e-5
+
+
+def by_loop(items, queries, metric):
+    score = {
+        "cosine": lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b),
+        "l2": lambda a, b: -np.linalg.norm(a - b),
+        "ip": lambda a, b: a @ b,
+        "jaccard": jaccard_similarity,
+    }[metric]
+    return np.array([[score(q, x) for x in items] for q in queries])
+
+
+def vectors(n, seed, dim=5):
+    return np.random.default_rng(seed).standard_normal((n, dim)) * 3
+
+
+def sets(n, seed):
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, 30, draw.integers(1, 12)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "ip", "jaccard"])
+def test_equals_a_loop(metric, monkeypatch):
+    monkeypatch.setattr(flat, "_BLOCK", 100)  # several blocks of queries
+    make = sets if metric == "jaccard" else vectors
+    items, queries = make(40, 0), make(9, 1)
+    index = FlatIndex(None if metric == "jaccard" else 5, metric).add(items)
+    scores, ids = index.search(queries, 40)
+    wanted = by_loop(items, queries, metric)
+    np.testing.assert_allclose(scores, -np.sort(-wanted, axis=1), atol=SAME)
+    np.testing.assert_allclose(np.take_along_axis(wanted, ids, axis=1), scores, atol=SAME)
+    assert (np.sort(ids, axis=1) == np.arange(40)).all()
+
+
+def test_equal_scores_come_in_the_order_of_adding():
+    index = FlatIndex(2, "l2").add([[1, 0], [0, 1], [1, 0]], ids=[9, 4, 2])
+    assert index.search([[1, 0]], 3)[1].tolist() == [[9, 2, 4]]
+
+
+def test_close_points_keep_their_distances():
+    # |x|^2 - 2 x.y + |y|^2 would lose these digits.
+    index = FlatIndex(2, "l2").add([[1000.0, 1000.0], [1000.0, 1000.25]])
+    assert index.search([[1000.0, 1000.25]], 2)[0].tolist() == [[0.0, -0.25]]
+
+
+def test_unsorted_sets_with_repeats():
+    index = FlatIndex(metric="jaccard").add([[3, 1, 3], [7]])
+    scores, ids = index.search([[1, 1, 2, 3]], 2)
+    assert ids.tolist() == [[0, 1]] and scores.tolist() == [[np.float32(2 / 3), 0.0]]
+
+
+def test_sets_of_a_file_are_checked(tmp_path):
+    index = FlatIndex(metric="jaccard").add([[1, 2], [3]])
+    index._sets.offsets[1] = 0
+    index.save(tmp_path)
+    with pytest.raises(FormatError, match=r"X\[0\] is empty"):
+        Index.load(tmp_path)
+
+
+def test_sets_and_vectors_are_told_apart():
+    index = FlatIndex(metric="jaccard").add(Sets.of([[1, 2]]))
+    assert index.dim is None and len(index) == 1 and index.nbytes == 8 + 1 + 2 * 8 + 2 * 8
+    assert FlatIndex(3, "ip").add(np.ones((2, 3))).nbytes == 2 * (8 + 1 + 12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: FlatIndex(3, "dot"), "metric must be one of 'cosine', 'l2', 'ip', 'jaccard'"),
+        (lambda: FlatIndex(), "dim must be given for vectors and not for sets; got dim=None and metric='cosine'"),
+        (lambda: FlatIndex(3, "jaccard"), "dim must be given for vectors and not for sets"),
+        (lambda: FlatIndex(0), "dim must be an integer"),
+        (lambda: FlatIndex(2).add([[0.0, 0.0]]), "x holds a vector of zeros, which has no direction"),
+        (lambda: FlatIndex(2).add([[1.0, 0.0]]).search([[0.0, 0.0]]), "q holds a vector of zeros"),
+        (lambda: FlatIndex(2).search([[1.0, 0.0]], 0), "k must be an integer"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(QuernelError, match=message):
+        call()
+
+
+def test_load_refuses_another_class(tmp_path):
+    class Other(FlatIndex):
+        pass
+
+    FlatIndex(2).add([[1.0, 0.0]]).save(tmp_path)
+    with pytest.raises(FormatError, match="names FlatIndex, not a Other"):
+        Other.load(tmp_path)
