@@ -1,4 +1,4 @@
-"""Tables for regression: UCI sets with ten fixed splits, a census table, and scikit-learn's diabetes set."""
+"""Tables: UCI regression sets with ten fixed splits, censuses of houses and of accidents, scikit-learn's diabetes."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ def _uci_set(name: str, what: str, rows: str, masks: str) -> DataSet:
 
 _HOUSE = File("tabular/pmlb_574_house_16H.tsv.gz", "a551e2941365201552a3a819f035c64f297467464f7c7c349d00711316ce3c57")
 
+_FARS = File("tabular/pmlb_fars.tsv.gz", "aa9ed26f7111c3998e867d30986075f26f0fb0a35bf70645fa482713e2cf5c71")
+
 SETS = (
     DataSet(
         "diabetes",
@@ -57,6 +59,14 @@ SETS = (
         "Efron et al. 2004, bundled with scikit-learn",
         ("all",),
         (Source(_diabetes, {"all": ()}),),
+    ),
+    DataSet(
+        "fars",
+        "100,968 persons in fatal road accidents, 29 mostly categorical columns coded as numbers, 8 grades of injury",
+        "public domain (US government); table: MIT",
+        "NHTSA Fatality Analysis Reporting System 2001, KEEL; table: github.com/EpistasisLab/pmlb",
+        ("all",),
+        (Source(_pmlb, {"all": (_FARS,)}),),
     ),
     DataSet(
         "house-16h",

@@ -6,6 +6,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "DenseWeight": ".dense",
+        "HashedBlockWeight": ".hashed",
+        "HashedTileWeight": ".hashed",
         "Int4GroupWeight": ".int4",
         "Int4TableWeight": ".int4",
         "Int8Weight": ".int8",

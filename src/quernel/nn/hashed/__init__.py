@@ -1,0 +1,1 @@
+"""Layers whose weights are hashed views of one small shared array."""
