@@ -64,6 +64,8 @@ def test_commands_shown_exist(page: str, line: str) -> None:
 
     commands = typer.main.get_command(app).commands
     words = shlex.split(line.partition("#")[0])[1:]
+    if len(words) > 1 and hasattr(commands.get(words[0]), "commands"):  # `quernel index build`
+        commands, words = commands[words[0]].commands, words[1:]
     for name in [part.strip() for part in words[0].split("|")]:
         assert name in commands, f"{page} shows `{line}`"
         options = {option for parameter in commands[name].params for option in parameter.opts}

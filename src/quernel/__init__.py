@@ -22,6 +22,8 @@ __getattr__, __dir__, __all__ = attach(
         "models": ".models",
         "nn": ".nn",
         "report": ".report",
+        "search": ".search",
+        "sketch": ".sketch",
         "testing": ".testing",
         "train": ".train",
     },

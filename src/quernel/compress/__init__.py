@@ -5,6 +5,7 @@ from quernel._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "AttentionToPairs": ".attention_to_pairs",
         "Budget": "._search",
         "Cast": ".cast",
         "Context": "._context",
@@ -17,7 +18,11 @@ __getattr__, __dir__, __all__ = attach(
         "Method": "._method",
         "PerModuleMethod": "._method",
         "Plan": "._method",
+        "RayExecutor": "._ray_executor",
+        "RepresenterSketch": ".representer_sketch",
         "Result": "._compress",
+        "Roast": ".share.roast",
+        "RobeEmbeddings": ".share.robe_embeddings",
         "SNNK": ".lowrank.snnk",
         "SearchResult": "._search",
         "ShiftAdd": ".shift_add",

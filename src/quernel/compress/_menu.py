@@ -64,7 +64,12 @@ def combinations(
     found: list[tuple[float, Candidate]] = []
     kinds = {_kind(point.candidate) for point in points}
     alike = [[p for p in points if _kind(p.candidate) == kind] for kind in sorted(kinds)]
-    best = [point for group in alike for point in front(group) if point.bytes < whole.bytes]
+    best = [
+        point
+        for group in alike
+        for point in front(group)
+        if point.bytes < whole.bytes and all(m.combines for m in point.candidate)
+    ]
     for size in range(2, largest + 1):
         for group in itertools.combinations(best, size):
             joined = [m for point in group for m in point.candidate]

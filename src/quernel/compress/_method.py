@@ -60,6 +60,8 @@ class Method:
     format_version: ClassVar[int] = 1
     # False where layers change width, so that old and new outputs cannot be compared one to one.
     keeps_shapes: ClassVar[bool] = True
+    # False where nothing is left for other methods, so that a search need not try the method beside them.
+    combines: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[str]:

@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "DigitsCNN": ".digits_cnn",
         "MiniLM": ".sentence_encoder",
+        "PairConnectForCausalLM": (".pair_connect_hf", "hf"),
+        "PairConnectLM": ".pair_connect_lm",
         "ResNet20": ".resnet20",
         "SentenceEncoder": ".sentence_encoder",
         "Task": "._task",

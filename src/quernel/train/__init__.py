@@ -5,6 +5,7 @@ from quernel._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "FrankWolfePolicy": ".frank_wolfe_policy",
         "GradualMagnitudePruner": ".magnitude_pruning",
         "low_rank_only": ".low_rank",
         "merge_low_rank": ".low_rank",

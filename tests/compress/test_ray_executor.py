@@ -1,0 +1,50 @@
+"""Trials on Ray's workers are the trials of this process; without Ray the remedy is named."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from quernel._errors import MissingExtraError, QuernelError
+from quernel.compress import Budget, Cast, RayExecutor, WeightInt8, search
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"quernel\[ray\]"):
+        RayExecutor()
+
+
+@pytest.mark.slow
+def test_a_search_on_two_workers_finds_what_one_process_finds():
+    pytest.importorskip("ray")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    x = torch.linspace(-1, 1, 512).reshape(8, 64)
+    wanted = model(x).detach()
+
+    def closeness(candidate):  # inside, so that it travels by value
+        return 1.0 - float((candidate(x).float() - wanted).detach().norm() / wanted.norm())
+
+    def broken():
+        return 1 // 0
+
+    options = {"data": [x], "evaluate": (closeness, closeness), "methods": [Cast(), WeightInt8()]}
+    alone = search(model, Budget(drop=0.1), **options)
+    with RayExecutor(num_cpus=2) as executor:
+        spread = search(model, Budget(drop=0.1), executor=executor, **options)
+        # A task that fails is a trial that fails, and the next one runs.
+        assert isinstance(executor.submit(broken).exception(), ZeroDivisionError)
+        assert executor.submit(pow, 2, 5).result() == 32
+    assert [(t.label, t.file_bytes, t.metric) for t in spread.trials] == [
+        (t.label, t.file_bytes, t.metric) for t in alone.trials
+    ]
+    assert spread.chosen == alone.chosen
+
+
+@pytest.mark.parametrize("cpus", [0, 1.5])
+def test_bad_arguments(cpus):
+    pytest.importorskip("ray")
+    with pytest.raises(QuernelError, match="cpus_per_task"):
+        RayExecutor(cpus_per_task=cpus)
