@@ -11,10 +11,10 @@ import functools
 
 import numpy as np
 import torch
+from _fashion_mnist import MEAN, STD, accuracy, fashion
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quernel import data
 from quernel._timing import threads
 from quernel.nn.functional import magnitude_mask
 from quernel.train import GradualMagnitudePruner
@@ -22,7 +22,6 @@ from quernel.train import GradualMagnitudePruner
 STEPS, BATCH, WEIGHT_DECAY, WARM_UP = 1600, 64, 5e-4, 0.15
 TUNING_STEPS, TUNING_SEED, HELD_OUT, RATES = 300, 99, 10_000, (0.1, 0.2, 0.4)
 SPARSITY, EVERY = 0.9, 20
-MEAN, STD = 0.286, 0.353
 WIDTHS = ((32, 64, 2), (64, 128, 1), (128, 128, 1), (128, 256, 2), (256, 256, 1))
 
 
@@ -55,16 +54,16 @@ def narrow_width(weights: int) -> float:
 
 
 @functools.cache
-def fashion(split: str) -> tuple[Tensor, Tensor]:
-    """Return normalised images with a channel axis, and labels."""
-    held = data.load("fashion-mnist", split=split)
-    return torch.from_numpy(held.x).float().div_(255)[:, None].sub_(MEAN).div_(STD), torch.from_numpy(held.y).long()
+def normalised(split: str) -> tuple[Tensor, Tensor]:
+    """Return images less the mean pixel, over the pixels' spread, and labels."""
+    x, y = fashion(split)
+    return (x - MEAN) / STD, y
 
 
 def fit(arm: str, rate: float, seed: int, steps: int, images: int, width: float) -> nn.Module:
     """Train with momentum and one cycle of the learning rate on the first ``images`` images, mirrored half the time."""
     torch.manual_seed(seed)
-    x, y = (t[:images] for t in fashion("train"))
+    x, y = (t[:images] for t in normalised("train"))
     model = network(width).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=WARM_UP)
@@ -89,7 +88,7 @@ def fit(arm: str, rate: float, seed: int, steps: int, images: int, width: float)
 @functools.cache
 def best_rate(arm: str, width: float) -> float:
     """Return the rate with the best held-out accuracy after a short run; the same choice for every arm."""
-    x, y = (t[-HELD_OUT:] for t in fashion("train"))
+    x, y = (t[-HELD_OUT:] for t in normalised("train"))
 
     def judged(rate: float) -> float:
         return accuracy(fit(arm, rate, TUNING_SEED, TUNING_STEPS, len(fashion("train")[0]) - HELD_OUT, width), x, y)
@@ -111,10 +110,3 @@ def pruned_at_once(model: nn.Module) -> nn.Module:
         if isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) == (1, 1):
             layer.weight.data *= magnitude_mask(layer.weight, SPARSITY)
     return model
-
-
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return the percentage of right answers."""
-    with torch.inference_mode(), threads(1):
-        right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
-    return 100 * right / len(x)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from _fashion_mnist import convnet, fashion
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quernel import data
 from quernel.compress import Context, FeatureMerging
 from quernel.compress.graph import channel_map
 from quernel.compress.prune._merging import Merger, Rule
@@ -32,24 +32,6 @@ def mlp(width: float = 1.0) -> nn.Sequential:
     first, second = int(1024 * width), int(512 * width)
     layers = (nn.Linear(784, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 10))
     return nn.Sequential(nn.Flatten(), *layers)
-
-
-def convnet(width: int = 1) -> nn.Sequential:
-    """Return a VGG-like net of five 3x3 convolutions with batch norms; 16 channels at first, times ``width``."""
-    layers: list[nn.Module] = []
-    before = 1
-    for channels, pool in ((16, False), (16, True), (32, False), (32, True), (64, True)):
-        layers += [nn.Conv2d(before, channels * width, 3, padding=1, bias=False)]
-        layers += [nn.BatchNorm2d(channels * width), nn.ReLU(), *([nn.MaxPool2d(2)] if pool else [])]
-        before = channels * width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * 9, 64 * width), nn.ReLU(), nn.Linear(64 * width, 10))
-
-
-@functools.cache
-def fashion(split: str) -> tuple[Tensor, Tensor]:
-    """Return pixels / 255 with a channel axis, and labels."""
-    held = data.load("fashion-mnist", split=split)
-    return torch.from_numpy(held.x).float().div_(255)[:, None], torch.from_numpy(held.y)
 
 
 @functools.cache
@@ -72,13 +54,6 @@ def trained(kind: str, width: int, seed: int) -> nn.Module:
             optimizer.step()
             schedule.step()
     return model.eval()
-
-
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return the percentage of right answers."""
-    with torch.no_grad():
-        right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
-    return 100 * right / len(x)
 
 
 def narrowed(model: nn.Module, how: str, kept: float, example: Tensor, seed: int = 0) -> nn.Module:

@@ -13,16 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from _fashion_mnist import MEAN, SIDE, STD, fashion
+from _fashion_mnist import accuracy as right_answers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quernel import data, load
+from quernel import load
 from quernel._load import save_model
 from quernel.models._cached import folder_of
 from quernel.nn import collect_aux_loss
 
-DIM, HEADS, BLOCKS, STRIDE, PATCH, SIDE = 128, 4, 4, 4, 7, 28
-MEAN, STD = 0.286, 0.353
+DIM, HEADS, BLOCKS, STRIDE, PATCH = 128, 4, 4, 4, 7
 # Images a step of training, and of fine-tuning: more of the smaller steps learn more in the same time.
 BATCH, FINETUNE_BATCH = 64, 32
 WEIGHT_DECAY, SMOOTHING, WARM_UP = 0.05, 0.05, 0.05
@@ -80,8 +81,8 @@ class SmallViT(nn.Module):
 @functools.cache
 def images(split: str) -> tuple[Tensor, Tensor]:
     """Return pixels in 0..1 and labels of "train" (55,000), "validation" (5,000) or "test" (10,000)."""
-    held = data.load("fashion-mnist", split="test" if split == "test" else "train")
-    x, y = torch.from_numpy(held.x).float().div_(255), torch.from_numpy(held.y)
+    x, y = fashion("test" if split == "test" else "train")
+    x = x[:, 0]
     if split == "test":
         return x, y
     return (x[-VALIDATION:], y[-VALIDATION:]) if split == "validation" else (x[:-VALIDATION], y[:-VALIDATION])
@@ -110,13 +111,9 @@ def train(model: nn.Module, rate: float, steps: int, seed: int, batch: int = FIN
     return model.eval()
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, split: str = "test") -> float:
     """Return the percentage of right answers in float32."""
-    x, y = images(split)
-    model.eval()
-    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
-    return 100 * right / len(x)
+    return right_answers(model.eval(), *images(split))
 
 
 def cached(name: str, recipe: dict[str, Any], make: Callable[[], nn.Module]) -> nn.Module:

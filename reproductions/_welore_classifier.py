@@ -31,6 +31,8 @@ TUNING_STEPS, TUNING_SEED, RATES = 50, 99, (1e-4, 3e-4)
 PROBE_STEPS, TIMED_ROUNDS = 5, 10
 WARM_UP = 20
 
+Batches = list[tuple[dict[str, Tensor], Tensor]]
+
 
 class Classifier(nn.Module):
     """The compressed encoder's mean token vector, and a linear head."""
@@ -63,7 +65,7 @@ def compressed() -> MiniLM:
 
 
 @functools.cache
-def batches(split: str, seed: int, count: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+def batches(split: str, seed: int, count: int) -> Batches:
     """Return batches of sentences of like length, in random order; labels beside them."""
     held = data.load("sst2", split=split)
     generator = np.random.default_rng(seed)
@@ -121,11 +123,11 @@ def one_step(model: Classifier, optimizer: torch.optim.Optimizer, batch: dict[st
 
 
 @torch.no_grad()
-def judge(model: Classifier) -> tuple[float, float]:
-    """Return mean loss and accuracy on the 872 dev sentences."""
+def judge(model: Classifier, held: Batches | None = None) -> tuple[float, float]:
+    """Return mean loss and accuracy on batches, by default the 872 dev sentences."""
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        pairs = [(model(batch), label) for batch, label in batches("dev", 0, 55)]
+        pairs = [(model(batch), label) for batch, label in (batches("dev", 0, 55) if held is None else held)]
     logits, labels = torch.cat([a.float() for a, _ in pairs]), torch.cat([b for _, b in pairs])
     return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
 

@@ -47,7 +47,7 @@ from quernel.testing import inject_outliers
 SENTENCES, JUDGED_SENTENCES = 96, 320
 # Means over 96 sentences whose cosines spread by 0.01 to 0.02.
 NOISE = 0.002
-CHANNELS, FACTOR = 1, 30.0
+CHANNELS, FACTOR = 4, 30.0
 
 dgq = Reproduction("dgq", paper="2310.04836")
 search_seconds: dict[tuple[int, int], float] = {}
@@ -362,7 +362,7 @@ def static_outliers(seed: int) -> Outcome:
     model, fitting, judging = shakespeare(seed)
     batches = list(fitting[:, :-1].split(8))
     outlier = inject_outliers(model, batches, channels=CHANNELS, factor=FACTOR, seed=seed)
-    several = inject_outliers(model, batches, channels=4, factor=FACTOR, seed=seed)
+    single = inject_outliers(model, batches, channels=1, factor=FACTOR, seed=seed)
     plain = {"compensate": False, "smooth": None}
     smooth = {"compensate": False}
     measured = {
@@ -372,17 +372,19 @@ def static_outliers(seed: int) -> Outcome:
         "static": perplexity(compressed(outlier, DGQ(act="static", **plain), fitting), judging),
         "by token": perplexity(compressed(outlier, DGQ(**plain), fitting), judging),
         "by token, smoothed": perplexity(compressed(outlier, DGQ(**smooth), fitting), judging),
-        "4 outliers: static, smoothed": perplexity(compressed(several, DGQ(act="static", **smooth), fitting), judging),
-        "4 outliers: static, smoothed from 96.5 %": perplexity(
-            compressed(several, DGQ(act="static", percentile=96.5, **smooth), fitting), judging
+        "static, smoothed from 96.5 %": perplexity(
+            compressed(outlier, DGQ(act="static", percentile=96.5, **smooth), fitting), judging
         ),
+        "one outlier: static, smoothed": perplexity(compressed(single, DGQ(act="static", **smooth), fitting), judging),
     }
     ours, baseline = measured["static, smoothed"], measured["static, no outliers"]
     checks = {
         "without smoothing at least 5 % worse": measured["static"] >= 1.05 * ours,
         "the injection keeps the function": abs(measured["float32"] / perplexity(model, judging) - 1) < 1e-4,
     }
-    return Outcome(ours, baseline, checks, [{"activations": name, "perplexity": v} for name, v in measured.items()])
+    rows = [{"activations": name, "perplexity": v} for name, v in measured.items()]
+    note = "the 99.5th percentile divides one of 128 channels, the 96.5th four"
+    return Outcome(ours, baseline, checks, rows, [note])
 
 
 if __name__ == "__main__":

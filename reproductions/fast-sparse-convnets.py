@@ -15,15 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _fashion_mnist import accuracy
 from _harness import Outcome, Reproduction, Void, at_least, at_most
-from _mobile_nets import SPARSITY, accuracy, fashion, nonzeros, pruned_at_once, trained
+from _mobile_nets import SPARSITY, nonzeros, normalised, pruned_at_once, trained
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from quernel._timing import paired_ratios, threads
 from quernel.compress import SparsePointwise, compress
 from quernel.nn import SparseConv1x1
+from quernel.nn._folding import folded
 
 SEEDS, LAST = (0, 1, 2), torch.channels_last
 MUCH_WORSE = 10.0
@@ -39,7 +40,7 @@ def accuracies(seed: int) -> dict[str, tuple[float, int]]:
     """Return test accuracy and nonzero parameters of every network."""
     models = {arm: trained(arm, seed) for arm in ("dense", "sparse", "narrow")}
     models["dense, pruned at once"] = pruned_at_once(models["dense"])
-    return {arm: (accuracy(model, *fashion("test")), nonzeros(model)) for arm, model in models.items()}
+    return {arm: (accuracy(model, *normalised("test")), nonzeros(model)) for arm, model in models.items()}
 
 
 def table(seed: int) -> list[dict[str, object]]:
@@ -78,20 +79,9 @@ def beats_narrower(seed: int) -> Outcome:
     return Outcome(found["sparse"][0], found["narrow"][0], {}, table(seed))
 
 
-def folded(model: nn.Module) -> nn.Sequential:
-    """Return a copy with every batch norm in the convolution before it."""
-    layers: list[nn.Module] = []
-    for layer in copy.deepcopy(model).children():
-        if isinstance(layer, nn.BatchNorm2d) and isinstance(layers[-1], nn.Conv2d):
-            layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
-        else:
-            layers.append(layer)
-    return nn.Sequential(*layers).eval()
-
-
 @functools.cache
 def converted(seed: int) -> nn.Module:
-    return compress(trained("sparse", seed), SparsePointwise(), example_inputs=fashion("test")[0][:1]).model
+    return compress(trained("sparse", seed), SparsePointwise(), example_inputs=normalised("test")[0][:1]).model
 
 
 def runner(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -104,7 +94,7 @@ def runner(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
 def latencies(seed: int, batch: int) -> dict[str, float]:
     """Return milliseconds of ours and of the fastest dense form, one thread."""
-    x = fashion("test")[0][:batch]
+    x = normalised("test")[0][:batch]
     dense = folded(trained("sparse", seed))
     last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     peers = {"default layout": runner(dense, x), "channels_last": runner(last, x.contiguous(memory_format=LAST))}
@@ -133,7 +123,7 @@ LATENCY_CHECKS = ("at least 1.8 times at batch 1 too", f"accuracy within {SAME_A
 )
 def runs_faster(seed: int) -> Outcome:
     one, eight = latencies(seed, 1), latencies(seed, 8)
-    difference = accuracy(converted(seed), *fashion("test")) - accuracies(seed)["sparse"][0]
+    difference = accuracy(converted(seed), *normalised("test")) - accuracies(seed)["sparse"][0]
     checks = (
         one["fastest dense (ms)"] >= 1.8 * one["ours (ms)"],
         abs(difference) <= SAME_ACCURACY + 1e-9,
@@ -157,7 +147,7 @@ def runs_faster(seed: int) -> Outcome:
     rule=at_most(0.16, of="ours / baseline"),
 )
 def takes_fewer_bytes(seed: int) -> Outcome:
-    result = compress(trained("sparse", seed), SparsePointwise(), example_inputs=fashion("test")[0][:1])
+    result = compress(trained("sparse", seed), SparsePointwise(), example_inputs=normalised("test")[0][:1])
     names = [name for name, layer in result.model.named_modules() if isinstance(layer, SparseConv1x1)]
     with tempfile.TemporaryDirectory() as folder:
         result.save(folder)

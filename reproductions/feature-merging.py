@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from _fashion_mnist import accuracy, fashion
 from _harness import Outcome, Reproduction, at_least, at_most
-from _narrow_nets import accuracy, fashion, narrowed, trained
+from _narrow_nets import narrowed, trained
 from torch import Tensor, nn
 
 from quernel import data

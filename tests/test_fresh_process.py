@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from quernel import models
-from quernel.compress import SNNK, Cast, CrossQuant, FeatureMerging, WeightInt8, WeLore, compress
+from quernel.compress import (
+    DGQ,
+    SNNK,
+    Cast,
+    CrossQuant,
+    FeatureMerging,
+    ShiftAdd,
+    SparsePointwise,
+    WeightInt4,
+    WeightInt8,
+    WeLore,
+    compress,
+)
 
 SCRIPT = """
 import sys, torch, quernel
@@ -43,7 +55,12 @@ def outputs(model, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "methods",
-    [[Cast()], [WeightInt8()], [FeatureMerging(beta=1.0, max_ratio=0.5, refit=True), WeightInt8(), Cast()]],
+    [
+        [Cast()],
+        [WeightInt8()],
+        [WeightInt4()],
+        [FeatureMerging(beta=1.0, max_ratio=0.5, refit=True), WeightInt8(), Cast()],
+    ],
     ids=lambda methods: "+".join(type(m).__name__ for m in methods),
 )
 def test_digits_cnn(methods, tmp_path):
@@ -63,6 +80,9 @@ def test_digits_cnn(methods, tmp_path):
         [CrossQuant(alpha="auto", mode="fold")],
         [WeLore(0.2, budget="params", whiten=True), WeightInt8()],
         [SNNK(n_features=128), WeightInt8()],
+        [DGQ(grid=(2, 6)), WeightInt4()],
+        [ShiftAdd(None, "shift", "shift")],
+        [SparsePointwise(0.8, fold_bn=False, linear=True)],
     ],
     ids=lambda methods: "+".join(type(m).__name__ for m in methods),
 )

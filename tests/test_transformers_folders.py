@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quernel
-from quernel.compress import CrossQuant, WeightInt8, compress
+from quernel.compress import DGQ, CrossQuant, WeightInt8, compress
 from quernel.models import resolve
 
 transformers = pytest.importorskip("transformers")
@@ -14,6 +14,8 @@ transformers = pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "film", "plot"]
 # int8 codes of a random net of two layers; its scores are below 1.
 INT8_ERROR = 0.05
+# Four bits have 16 times the step.
+INT4_ERROR = 0.2
 
 
 def save_tokenizer(folder):
@@ -54,6 +56,21 @@ def test_a_transformers_folder_stays_one(classifier_folder, tmp_path):
     # What was loaded can be saved again, tokenizer included.
     again = compress(loaded, WeightInt8()).save(tmp_path / "again")
     assert scores(quernel.load(again), again) == pytest.approx(after, abs=INT8_ERROR)
+
+
+def test_four_bits_serve_in_a_pipeline(classifier_folder, tmp_path):
+    model = resolve(classifier_folder)
+    before = scores(model, classifier_folder)
+    ids = torch.randint(5, len(WORDS), (4, 40), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    # Layers of 32 inputs would grow in 4 bits: rows are padded.
+    result = compress(model, DGQ(grid=(2, 6)), data=data)
+    assert result.report.summary["4-bit layers"] >= 1
+    saved = result.save(tmp_path / "small")
+    loaded = quernel.load(saved)
+    assert any(type(m).__name__ == "W4A8Linear" for m in loaded.modules())
+    assert scores(loaded, saved) == pytest.approx(scores(result.model, saved))
+    assert scores(loaded, saved) == pytest.approx(before, abs=INT4_ERROR)
 
 
 @pytest.mark.slow

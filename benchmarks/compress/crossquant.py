@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks._machine import INT8_OPS, L3_BYTES
 from benchmarks._runner import Case, Unavailable
 from quernel import models
 from quernel._errors import DataError, MissingExtraError
@@ -24,7 +25,6 @@ from quernel.compress import CrossQuant, compress
 from quernel.nn import CrossQuantLinear
 
 # One core: int8 products, and what a row of activations costs to read and write once in cache.
-INT8_OPS, CACHE_BYTES = 860e9, 97e9
 # 8-bit steps on both factors of a sum of random signs.
 RELATIVE_ERROR = 0.02
 ENCODER_COSINE = 0.995
@@ -88,7 +88,7 @@ def near_the_dense_layer(state: SimpleNamespace) -> None:
 
 def layer_bound(state: SimpleNamespace, threads: int) -> float:
     rows, m, n = state.size
-    seconds = 2 * rows * m * n / INT8_OPS + (2 * rows * n + 2 * rows * m + m * n) / CACHE_BYTES
+    seconds = 2 * rows * m * n / INT8_OPS + (2 * rows * n + 2 * rows * m + m * n) / L3_BYTES
     return seconds / threads * 1e3
 
 

@@ -8,6 +8,7 @@ layer, which reads the row-major weight.  Before timing, the result must equal t
 from __future__ import annotations
 
 import copy
+import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks._machine import DRAM_BYTES, INT8_OPS, L3_BYTES
 from benchmarks._runner import Case, Unavailable
+from benchmarks._torch_int4 import int4_packed
 from quernel import models
 from quernel._errors import DataError, MissingExtraError
 from quernel.compress import DGQ, Cast, CrossQuant, compress
@@ -25,8 +28,7 @@ from quernel.nn import CrossQuantLinear, W4A8Linear
 from quernel.nn.functional import int8_linear
 
 GROUP = 128
-# One core: int8 products; what streams from L3 up to 16 MB, and from memory beyond.
-INT8_OPS, CACHE_BYTES, MEMORY_BYTES = 860e9, 95e9, 39e9
+# Weights stream from L3 up to 16 MB, and from memory beyond.
 CACHE_SIZE = 2**24
 # A sample of a decoded token lasts this long, so that the weight stays where a loop over one layer keeps it; what a
 # model with more layers than the cache holds gets is a case of its own.
@@ -52,7 +54,7 @@ def layers(rows: int, out_features: int, in_features: int) -> SimpleNamespace:
         # The search costs minutes at this size and changes no timing.
         ours=W4A8Linear.from_linear(linear, group_size=GROUP, grid=(2, 20)),
         int8=CrossQuantLinear.from_linear(linear, torch.ones(in_features)),
-        packed=int4_packed(linear.weight),
+        packed=int4_packed(linear.weight, GROUP),
         dynamic=dynamic_int8(nn.Sequential(linear)),
         size=(rows, out_features, in_features),
     )
@@ -76,18 +78,7 @@ def through(name: str, state: SimpleNamespace) -> list[Tensor]:
 
 
 def stack_bound(state: SimpleNamespace, threads: int) -> float:
-    return STACK * state.ours.weight.nbytes / MEMORY_BYTES / threads * 1e3
-
-
-def int4_packed(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes and scales as torch's own 4-bit kernel reads them."""
-    groups = weight.view(len(weight), -1, GROUP)
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scale = (high - low) / 15
-    codes = ((groups - low) / scale).round().clamp(0, 15).to(torch.int32).view_as(weight)
-    middle = low + 8 * scale
-    scales = torch.cat([scale, middle], dim=-1).transpose(0, 1).contiguous().bfloat16()  # (groups, out, 2)
-    return torch._convert_weight_to_int4pack_for_cpu(codes, 1), scales
+    return STACK * state.ours.weight.nbytes / DRAM_BYTES / threads * 1e3
 
 
 def dynamic_int8(model: nn.Module) -> Callable[..., Any]:
@@ -113,7 +104,7 @@ def right(state: SimpleNamespace) -> None:
 def layer_bound(state: SimpleNamespace, threads: int) -> float:
     rows, m, n = state.size
     weight = state.ours.weight.nbytes
-    speed = CACHE_BYTES if weight <= CACHE_SIZE else MEMORY_BYTES
+    speed = L3_BYTES if weight <= CACHE_SIZE else DRAM_BYTES
     return (weight / speed + 2 * rows * m * n / INT8_OPS) / threads * 1e3
 
 
@@ -144,6 +135,25 @@ def near_the_encoder(state: SimpleNamespace) -> None:
         raise ValueError(f"mean cosine to the float32 embeddings is {float(cosine):.4f}")
 
 
+def torchao_da8w4(state: SimpleNamespace) -> Callable[..., Any]:
+    """Return torchao's layer of 4-bit weights and 8-bit activations, made once; its wheels may lack the kernel."""
+    if importlib.util.find_spec("torchao") is None:
+        raise Unavailable("torchao is not installed")
+    import torchao.dtypes
+    import torchao.quantization as quantization
+
+    op, layout = "torchao::da8w4_linear_cpu", getattr(torchao.dtypes, "Int8DynamicActInt4WeightCPULayout", None)
+    names = {str(schema.name) for schema in torch._C._jit_get_all_schemas()}
+    if layout is None or op not in names or not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU"):
+        raise Unavailable("this wheel of torchao has no da8w4 kernel for CPUs")
+    if not hasattr(state, "da8w4"):
+        model = nn.Sequential(copy.deepcopy(state.linear))
+        config = quantization.Int8DynamicActivationInt4WeightConfig(group_size=GROUP, layout=layout())
+        quantization.quantize_(model, config)
+        state.da8w4 = model
+    return state.da8w4
+
+
 LAYER_PEERS = {
     "fp32": lambda s: s.linear(s.x),
     "bf16": lambda s: s.half(s.half_x),
@@ -152,6 +162,7 @@ LAYER_PEERS = {
     ),
     "int8 _int_mm": lambda s: s.int8(s.x),
     "dynamic int8": lambda s: s.dynamic(s.x),
+    "torchao da8w4": lambda s: torchao_da8w4(s)(s.x),
 }
 TARGETS = {
     (1, 4096, 4096): {"fp32": 15.0, "torch int4 (bf16 activations)": 3.0, "int8 _int_mm": 2.0},
@@ -171,7 +182,7 @@ CASES = [
             gate=right,
             target=TARGETS.get((rows, m, n), {}),
             bound_ms=layer_bound,
-            bound="weight bytes at 95 (L3) or 39 (memory) GB/s and products at 860 Gop/s a core",
+            bound="weight bytes at 97 (L3) or 34 (memory) GB/s and products at 860 Gop/s a core",
             min_ms=DECODE_MS if rows == 1 else 1.0,
         )
         for rows, m, n in (*DECODE, *PREFILL)
@@ -189,7 +200,7 @@ CASES = [
         },
         gate=right,
         bound_ms=stack_bound,
-        bound="weight bytes at 39 GB/s a core",
+        bound="weight bytes at 34 GB/s a core",
         min_ms=DECODE_MS,
     ),
     Case(

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks._machine import DRAM_BYTES
 from benchmarks._runner import Case
 from quernel.compress import Context, FeatureMerging
 from quernel.compress.graph import ChannelGroup, Slot
 from quernel.compress.prune._merging import Merger, Rule, Space
+from quernel.nn._folding import folded
 
 CHANNELS, INPUTS, KERNEL = 512, 512, 9
 MERGES = 8
@@ -96,17 +98,6 @@ def vgg16() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before, 10)).eval()
 
 
-def folded(model: nn.Sequential) -> nn.Sequential:
-    """Return the whole net without batch norms: the best form of the peer."""
-    layers: list[nn.Module] = []
-    for layer in model:
-        if isinstance(layer, nn.BatchNorm2d):
-            layers[-1] = nn.utils.fusion.fuse_conv_bn_eval(layers[-1], layer)
-        else:
-            layers.append(layer)
-    return nn.Sequential(*layers).eval()
-
-
 def nets(dtype: torch.dtype) -> SimpleNamespace:
     model = vgg16()
     x = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -138,7 +129,7 @@ CASES = [
         peers={"full recompute": OneLayer.recomputed},
         gate=gate_merges,
         target={"full recompute": 20.0},
-        bound_ms=MERGES * 2 * CHANNELS * 8 * 4 / 34e9 * 1e3,
+        bound_ms=MERGES * 2 * CHANNELS * 8 * 4 / DRAM_BYTES * 1e3,
         bound="two rows and columns of two Gram matrices a merge / 34 GB/s",
         min_ms=200.0,  # a whole run of the peer leaves cold caches, which a short sample would feel
     ),

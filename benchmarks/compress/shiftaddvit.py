@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks._machine import DRAM_BYTES, FLOAT32_OPS, INT8_OPS, L3_BYTES
 from benchmarks._runner import Case
-from quernel.nn import MultShiftMoE, PackedShiftLinear
+from benchmarks._torch_int4 import int4_packed
+from quernel.nn import CrossQuantLinear, MultShiftMoE, PackedShiftLinear, W4A8Linear
 from quernel.nn.functional import binary_linear_attention, int8_linear
 from quernel.nn.functional.binary_attention import composed
 from quernel.nn.weights import Int4TableWeight
 
 HEADS, HEAD, KERNEL = 4, 32, 9
 GROUP = 128
-# One core: float32 multiply-adds twice a second, int8 products; what streams from L3 up to 16 MB, from memory beyond.
-FLOPS, INT8_OPS, CACHE_BYTES, MEMORY_BYTES = 200e9, 860e9, 95e9, 39e9
+# Weights stream from L3 up to 16 MB, from memory beyond.
 CACHE_SIZE = 2**24
 # float32 sums in another order; sums of products with 16 bits an activation.
 ATTENTION = {"rtol": 1e-4, "atol": 1e-4}
@@ -71,7 +72,7 @@ def same_attention(s: SimpleNamespace) -> None:
 
 def attention_bound(s: SimpleNamespace, threads: int) -> float:
     values = s.tokens * HEADS * HEAD
-    return max(2 * values * (2 * HEAD + KERNEL) / FLOPS, 4 * 4 * values / CACHE_BYTES) / threads * 1e3
+    return max(2 * values * (2 * HEAD + KERNEL) / FLOAT32_OPS, 4 * 4 * values / L3_BYTES) / threads * 1e3
 
 
 def layers(rows: int, size: int, bits: int) -> SimpleNamespace:
@@ -85,19 +86,12 @@ def layers(rows: int, size: int, bits: int) -> SimpleNamespace:
         linear=linear,
         half=copy.deepcopy(linear).bfloat16(),
         ours=PackedShiftLinear.from_linear(linear, bits),
-        packed=int4_packed(linear.weight),
+        packed=int4_packed(linear.weight, GROUP),
+        int8=CrossQuantLinear.from_linear(linear, torch.ones(size)),
+        # The search costs minutes at this size and changes no timing.
+        w4a8=W4A8Linear.from_linear(linear, group_size=GROUP, grid=(2, 20)),
         size=(rows, size, bits),
     )
-
-
-def int4_packed(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes and scales as torch's own 4-bit kernel reads them."""
-    groups = weight.view(len(weight), -1, GROUP)
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scale = (high - low) / 15
-    codes = ((groups - low) / scale).round().clamp(0, 15).to(torch.int32).view_as(weight)
-    scales = torch.cat([scale, low + 8 * scale], dim=-1).transpose(0, 1).contiguous().bfloat16()  # (groups, out, 2)
-    return torch._convert_weight_to_int4pack_for_cpu(codes, 1), scales
 
 
 def same_layer(s: SimpleNamespace) -> None:
@@ -115,8 +109,8 @@ def same_layer(s: SimpleNamespace) -> None:
 def layer_bound(s: SimpleNamespace, threads: int) -> float:
     rows, size, bits = s.size
     weight = s.ours.weight.nbytes
-    speed = CACHE_BYTES if weight <= CACHE_SIZE else MEMORY_BYTES
-    return (weight / speed + 2 * rows * size * size / (INT8_OPS if bits == 4 else FLOPS)) / threads * 1e3
+    speed = L3_BYTES if weight <= CACHE_SIZE else DRAM_BYTES
+    return (weight / speed + 2 * rows * size * size / (INT8_OPS if bits == 4 else FLOAT32_OPS)) / threads * 1e3
 
 
 def mixture(tokens: int, size: int) -> SimpleNamespace:
@@ -155,6 +149,8 @@ LAYER_PEERS = {
     "torch int4 (bf16 activations)": lambda s: torch._weight_int4pack_mm_for_cpu(
         s.half_x, s.packed[0], GROUP, s.packed[1]
     ),
+    "int8 _int_mm": lambda s: s.int8(s.x),
+    "W4A8 (DGQ)": lambda s: s.w4a8(s.x),
 }
 FUSED_TARGETS, EAGER_TARGETS = {1024: 3.0, 4096: 10.0}, {1024: 1.5, 4096: 5.0}
 LAYER_TARGETS = {
@@ -174,7 +170,7 @@ CASES = [
             gate=same_attention,
             target={SOFTMAX: FUSED_TARGETS[tokens]} if tokens in FUSED_TARGETS else {},
             bound_ms=attention_bound,
-            bound="products at 200 Gflop/s and bytes at 95 GB/s a core",
+            bound="products at 94 Gflop/s and bytes at 97 GB/s a core",
             fresh=True,
         )
         for tokens in (196, 1024, 4096)
@@ -200,7 +196,7 @@ CASES = [
             gate=same_layer,
             target=LAYER_TARGETS.get((rows, size, bits), {}),
             bound_ms=layer_bound,
-            bound="weight bytes at 95 (L3) or 39 (memory) GB/s; products at 860 (4 bits) or 200 Gop/s a core",
+            bound="weight bytes at 97 (L3) or 34 (memory) GB/s; products at 860 (4 bits) or 94 Gop/s a core",
             # A loop over one layer keeps its weight where it is; one call at a time would time its way back there.
             min_ms=20.0 if rows == 1 else 1.0,
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks._machine import FLOAT32_OPS, L3_BYTES
 from benchmarks._runner import Case
 from quernel._load import save_model
 from quernel.kernels.features import gaussian_directions, hadamard_directions, hadamard_projection
@@ -24,7 +25,6 @@ from quernel.nn import CrossQuantLinear, LowRankLinear, SNNKLinear
 
 SIZE = 1024
 FEATURES = SIZE * SIZE // (4 * (SIZE + SIZE))
-FLOPS, CACHE_BYTES = 94e9, 97e9  # a core: float32 multiply-adds twice a second; L3 bandwidth
 ROWS, EPOCHS, BATCH = 16384, 3, 64
 # Two float32 products of 1024 and 128 terms against the same in float64.
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
@@ -86,7 +86,7 @@ def bytes_are_the_formulas(layer: SNNKLinear) -> None:
 
 def layer_bound(rows: int, state: SimpleNamespace, threads: int) -> float:
     products = 2 * SIZE * FEATURES
-    return max(2 * rows * products / FLOPS, 4 * products / CACHE_BYTES) / threads * 1e3
+    return max(2 * rows * products / FLOAT32_OPS, 4 * products / L3_BYTES) / threads * 1e3
 
 
 def run(what: str, s: SimpleNamespace) -> Tensor:

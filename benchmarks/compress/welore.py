@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks._machine import FLOAT32_OPS, L3_BYTES
 from benchmarks._runner import Case
 from quernel.compress import Context, WeLore
 from quernel.compress.lowrank import _spectra
@@ -23,7 +24,6 @@ from quernel.nn.functional import singular_values
 from quernel.train import low_rank_only
 
 SIZE, RANK = 1024, 256
-FLOPS, CACHE_BYTES = 94e9, 97e9  # a core: float32 multiply-adds twice a second; L3 bandwidth
 COMPRESSION_SECONDS = 20.0
 # Two float32 products of 1024 and 256 terms against one of 1024.
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
@@ -47,7 +47,7 @@ def same_outputs(state: SimpleNamespace) -> None:
 
 
 def layer_bound(rows: int, state: SimpleNamespace, threads: int) -> float:
-    seconds = max(2 * rows * 2 * SIZE * RANK / FLOPS, 4 * 2 * SIZE * RANK / CACHE_BYTES)
+    seconds = max(2 * rows * 2 * SIZE * RANK / FLOAT32_OPS, 4 * 2 * SIZE * RANK / L3_BYTES)
     return seconds / threads * 1e3
 
 

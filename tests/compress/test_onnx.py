@@ -5,7 +5,18 @@ import torch
 from torch import nn
 
 from quernel._errors import QuernelError
-from quernel.compress import Cast, CrossQuant, UniformLowRank, WeightInt8, WeLore, compress, to_onnx
+from quernel.compress import (
+    DGQ,
+    SNNK,
+    Cast,
+    CrossQuant,
+    FeatureMerging,
+    UniformLowRank,
+    WeightInt8,
+    WeLore,
+    compress,
+    to_onnx,
+)
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -24,7 +35,18 @@ def images(n=2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [WeLore(), UniformLowRank(), WeightInt8()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method",
+    [
+        WeLore(),
+        UniformLowRank(),
+        WeightInt8(),
+        FeatureMerging(beta=1.0, max_ratio=0.5),
+        SNNK(n_features=16, projection="orthogonal"),
+        DGQ(act=None, grid=(2, 6), min_tokens=2),
+    ],
+    ids=lambda m: type(m).__name__,
+)
 def test_plain_results_run_in_onnxruntime(method, tmp_path):
     x = images()
     small = compress(net(), method, data=[x]).model
@@ -44,3 +66,12 @@ def test_layers_on_own_kernels_are_refused_by_name(tmp_path):
     with pytest.raises(QuernelError, match=r"bfloat16 tensors \(.*model\.float\(\)"):
         to_onnx(half, (x,), tmp_path / "small.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_torch_cannot_export_is_an_error_of_ours(tmp_path):
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(QuernelError, match=r"torch\.export cannot take Branching: .*branch on values"):
+        to_onnx(Branching(), (images(),), tmp_path / "small.onnx")

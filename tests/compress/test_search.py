@@ -10,7 +10,22 @@ import torch
 from torch import nn
 
 from quernel._errors import FormatError, QuernelError
-from quernel.compress import Budget, Cast, CrossQuant, Method, SmoothQuant, WeightInt8, WeLore, _measure, _trial, search
+from quernel.compress import (
+    DGQ,
+    Budget,
+    Cast,
+    CrossQuant,
+    Method,
+    ShiftAdd,
+    SmoothQuant,
+    WeightInt4,
+    WeightInt8,
+    WeLore,
+    _measure,
+    _trial,
+    compress,
+    search,
+)
 from quernel.compress._menu import Point, combinations, front
 from quernel.compress._trial import Trial, data_digest
 
@@ -342,3 +357,25 @@ def test_combinations_are_few_and_the_best_by_prediction():
 
 def test_number_of_combinations_is_the_users_choice():
     assert all(len(t.candidate) == 1 for t in run(Budget(drop=0.5), max_combinations=0).trials)
+
+
+def test_dgq_is_joined_with_rounding_and_not_with_shift_codes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(200, 128), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+    ids = torch.arange(200).view(2, 100)
+    wanted = model(ids).detach()
+
+    def near(small):
+        return 1.0 - float((small(ids).float() - wanted).norm().detach() / wanted.norm())
+
+    methods = [DGQ(grid=(2, 6)), WeightInt4(), ShiftAdd(None, "shift", "shift", 4)]
+    result = search(model, Budget(drop=0.5), data=[ids], evaluate=(near, near), methods=methods)
+    assert all(t.ok for t in result.trials)
+    joined = [t for t in result.trials if {type(m) for m in t.candidate} == {DGQ, WeightInt4}]
+    (alone,) = [t for t in result.trials if [type(m) for m in t.candidate] == [DGQ]]
+    assert joined and joined[0].file_bytes < alone.file_bytes
+    small = compress(model, list(joined[0].candidate), data=[ids]).model
+    assert type(small[0].weight).__name__ == "Int4GroupWeight" and type(small[1]).__name__ == "W4A8Linear"
+    # What is in four bits already gets no shift codes.
+    after = compress(model, [DGQ(grid=(2, 6)), ShiftAdd(None, "shift", "shift", 4)], data=[ids]).model
+    assert not any("Shift" in type(m).__name__ for m in (after[1], after[3]))

@@ -62,19 +62,27 @@ def test_targets_in_the_span_come_back_exactly():
 @pytest.mark.parametrize("kind", ["relu", "urf"])
 def test_shards_merge_to_one_pass(kind):
     x, y = digits()
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
-    options = {"kind": kind, "center": x.mean(0), "random_state": 0}
+    x = x / np.linalg.norm(x, axis=1, keepdims=True) * np.linspace(0.5, 1.5, len(x))[:, None]
+    options = {"kind": kind, "center": x.mean(0), "damping": 0.02, "random_state": 0}
     whole = BundledClassifier(64, **options).fit(x, y)
     shards = [BundledClassifier(64, **options).fit(x[i::3], y[i::3]) for i in range(3)]
-    if kind == "urf":  # the damping follows the lengths of the rows, here all 1
-        np.testing.assert_allclose(shards[0].features_.damping_, whole.features_.damping_)
-        shards = [copy.deepcopy(whole).forget() for _ in range(2)]
-        with pytest.raises(QuernelError, match="merge needs the sums of both"):
-            shards[0].merge(shards[1])
-        return
     merged = shards[0].merge(shards[1]).merge(shards[2])
     np.testing.assert_allclose(merged.coef_, whole.coef_, rtol=1e-6, atol=1e-9)
     assert merged.sums_.count == len(x)
+    streamed = BundledClassifier(64, **options)
+    for rows in np.array_split(np.random.default_rng(1).permutation(len(x)), 4):
+        streamed.partial_fit(x[rows], y[rows], classes=np.arange(10))
+    np.testing.assert_allclose(streamed.coef_, whole.coef_, rtol=1e-6, atol=1e-9)
+    with pytest.raises(QuernelError, match="merge needs the sums of both"):
+        merged.merge(copy.deepcopy(whole).forget())
+
+
+def test_damping_from_the_rows_differs_between_shards():
+    x, y = digits()
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    one, other = (BundledClassifier(64, kind="urf", random_state=0).fit(part, y) for part in (x, 0.5 * x))
+    with pytest.raises(QuernelError, match="damping= a number"):
+        one.merge(other)
 
 
 def test_a_copy_that_saw_other_rows_can_be_merged_back():
@@ -179,6 +187,7 @@ def test_a_saved_model_works_in_a_process_of_its_own(tmp_path):
         (BundledClassifier(loss="hinge"), "loss must be one of"),
         (BundledClassifier(kind="urf", activation="relu"), "no integrable Fourier transform"),
         (BundledClassifier(projection="none"), "projection must be one of"),
+        (BundledClassifier(kind="urf", damping=-1.0), "damping must be"),
     ],
 )
 def test_bad_parameters_are_named(model, message):

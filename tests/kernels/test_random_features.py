@@ -10,8 +10,8 @@ from sklearn.pipeline import make_pipeline
 from quernel._errors import QuernelError
 from quernel.kernels import ArcCosineFeatures, RandomFourierFeatures
 from quernel.kernels.features import arc_cosine_kernel
+from quernel.kernels.features.orthogonal import PROJECTIONS
 
-PROJECTIONS = ("gaussian", "orthogonal", "hadamard")
 # Kernel values of size one from 8,192 columns: a standard error of about 0.01, 45 of them compared.
 CLOSE = 0.06
 # A term of order p is 2 (g.x)^2p on half the directions: standard deviations 1, 2.2 and 14 for unit vectors.

@@ -45,7 +45,7 @@ def to_onnx(
     ------
     QuernelError
         If a layer runs on a kernel of Quernel, or a tensor is bfloat16, which onnxruntime's CPU kernels do not take;
-        the message names the first such layers.
+        the message names the first such layers.  Also if torch cannot export the model.
     MissingExtraError
         Without the extra ``onnx``.
 
@@ -68,13 +68,27 @@ def to_onnx(
     shapes = (tuple(map(free, arguments)), {name: free(value) for name, value in named.items()})
     dynamic = (*shapes[0], *shapes[1].values())
     with evaluating(model), torch.no_grad(), _quiet():
-        program = torch.export.export(model, tuple(arguments), named, dynamic_shapes=dynamic or None)
+        try:
+            program = torch.export.export(model, tuple(arguments), named, dynamic_shapes=dynamic or None)
+        except Exception as error:
+            raise _failed("torch.export", model, error) from error
         _refuse_kernels(program)
         _refuse_bfloat16(model)
-        exported: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+        try:
+            exported: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+        except Exception as error:
+            raise _failed("torch.onnx.export", model, error) from error
     target = Path(path)
     write_atomically(target, exported.model_proto.SerializeToString())
     return target
+
+
+def _failed(step: str, model: nn.Module, error: Exception) -> QuernelError:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return QuernelError(
+        f"{step} cannot take {type(model).__name__}: {first}. Check that example_inputs are arguments of one forward, "
+        "with a batch of at least two rows, and that forward does not branch on values; torch's error is above"
+    )
 
 
 def _refuse_kernels(program: Any) -> None:

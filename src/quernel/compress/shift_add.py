@@ -17,7 +17,7 @@ from torch import nn
 
 from quernel._errors import QuernelError
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int, check_type
+from quernel._validate import all_finite, check_choice, check_float, check_int, check_type
 from quernel.compress._context import OPAQUE, Context, is_below, opaque_parents, tied_elsewhere
 from quernel.compress._method import LayerPlan, Method, Plan
 from quernel.nn import (
@@ -236,7 +236,7 @@ class ShiftAdd(Method):
 
     def _refusal(self, model: nn.Module, linear: nn.Linear, kind: str) -> str:
         weight = linear.weight
-        if not bool(weight.isfinite().all()):
+        if not all_finite(weight):
             return "its weight holds NaN or infinity"
         tied = tied_elsewhere(model, weight, [linear])
         if tied:

@@ -15,7 +15,8 @@ from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
 from quernel._random import Seed
 from quernel._validate import check_choice, check_float, check_type
-from quernel.kernels._random_features import FLOATS, Floats, Projection
+from quernel.kernels._random_features import FLOATS, Floats
+from quernel.kernels.features.orthogonal import Projection
 from quernel.kernels.features.universal import Spectrum
 from quernel.kernels.normal_equations import NormalEquations
 from quernel.kernels.random_features import ArcCosineFeatures
@@ -47,6 +48,7 @@ class Bundled(SavedEstimator, BaseEstimator):
         kind: Literal["relu", "urf"] = "relu",
         alpha: float = 1e-3,
         activation: str | Spectrum = "cos",
+        damping: float | Literal["auto"] = "auto",
         center: bool | ArrayLike = True,
         projection: Projection = "orthogonal",
         random_state: Seed = None,
@@ -55,6 +57,7 @@ class Bundled(SavedEstimator, BaseEstimator):
         self.kind = kind
         self.alpha = alpha
         self.activation = activation
+        self.damping = damping
         self.center = center
         self.projection = projection
         self.random_state = random_state
@@ -75,8 +78,8 @@ class Bundled(SavedEstimator, BaseEstimator):
     def partial_fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Take in more rows and solve again; the first call draws the features and learns the centre from its rows.
 
-        With ``center`` an array (or ``kind="urf"`` and a fixed damping) the order and the split of the rows do not
-        matter: the result is that of one ``fit``.
+        With ``center`` an array (or ``kind="urf"`` and ``damping`` a number) the order and the split of the rows do
+        not matter: the result is that of one ``fit``.
         """
         first = not hasattr(self, "features_")
         if first:
@@ -91,8 +94,8 @@ class Bundled(SavedEstimator, BaseEstimator):
         Parameters
         ----------
         other : same class
-            Fitted with the same parameters, an integer ``random_state`` and a ``center`` that was given, or a
-            copy of this estimator that saw other rows since.
+            Fitted with the same parameters, an integer ``random_state`` and a ``center`` (``kind="urf"``: a
+            ``damping``) that was given, or a copy of this estimator that saw other rows since.
 
         Raises
         ------
@@ -124,14 +127,14 @@ class Bundled(SavedEstimator, BaseEstimator):
         if not same or not all(np.array_equal(array, theirs[name]) for name, array in mine.items()):
             raise QuernelError(
                 "merge needs the same random features: fit both with the same parameters, an integer random_state, "
-                "and center= an array instead of True"
+                "and center= an array instead of True (kind='urf': damping= a number)"
             )
 
     def _map(self) -> ArcCosineFeatures | UniversalRandomFeatures:
         common: dict[str, Any] = {"projection": self.projection, "random_state": self.random_state}
         if self.kind == "relu":
             return ArcCosineFeatures(self.n_features, center=self.center, **common)
-        return UniversalRandomFeatures(self.activation, self.n_features, **common)
+        return UniversalRandomFeatures(self.activation, self.n_features, damping=self.damping, **common)
 
     def _take(self, x: Floats, targets: Floats, *, fresh: bool) -> None:
         if fresh:

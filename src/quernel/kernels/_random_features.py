@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,11 +15,9 @@ from quernel._estimators import SavedEstimator
 from quernel._random import Seed, generator
 from quernel._validate import check_choice, check_int
 from quernel.kernels.features.hadamard import hadamard_directions, hadamard_projection, padded_size
-from quernel.kernels.features.orthogonal import gaussian_directions, orthogonal_directions
+from quernel.kernels.features.orthogonal import PROJECTIONS, Projection, gaussian_directions, orthogonal_directions
 
 Floats = NDArray[np.floating[Any]]
-Projection = Literal["gaussian", "orthogonal", "hadamard"]
-PROJECTIONS = ("gaussian", "orthogonal", "hadamard")
 FLOATS = (np.float64, np.float32)
 
 

@@ -25,7 +25,8 @@ from quernel._random import Seed
 from quernel._registry import register
 from quernel._validate import check_choice, check_float
 from quernel.kernels._bundled import Bundled
-from quernel.kernels._random_features import FLOATS, Floats, Projection
+from quernel.kernels._random_features import FLOATS, Floats
+from quernel.kernels.features.orthogonal import Projection
 from quernel.kernels.features.universal import Spectrum
 
 
@@ -58,6 +59,8 @@ class BundledRegressor(RegressorMixin, Bundled):
         Regularisation relative to the mean variance of the features.
     activation : str or Spectrum, default="cos"
         For ``kind="urf"``.
+    damping : float or "auto", default="auto"
+        For ``kind="urf"``: M >= 0 of the features; "auto" suits the lengths of the first rows.
     center : bool or array of shape (d,), default=True
         For ``kind="relu"``: what is subtracted from every row first; True is the mean of the rows of ``fit``, or of
         the first ``partial_fit``.
@@ -142,7 +145,7 @@ class BundledClassifier(ClassifierMixin, Bundled):
 
     Parameters
     ----------
-    n_features, kind, alpha, activation, center, projection, random_state
+    n_features, kind, alpha, activation, damping, center, projection, random_state
         As for ``BundledRegressor``.
     loss : {"squared", "logistic"}, default="squared"
         "squared" is one pass in closed form; "logistic" holds all features in memory, runs a convex solver and
@@ -176,6 +179,7 @@ class BundledClassifier(ClassifierMixin, Bundled):
         alpha: float = 1e-3,
         loss: Literal["squared", "logistic"] = "squared",
         activation: str | Spectrum = "cos",
+        damping: float | Literal["auto"] = "auto",
         center: bool | ArrayLike = True,
         projection: Projection = "orthogonal",
         random_state: Seed = None,
@@ -185,6 +189,7 @@ class BundledClassifier(ClassifierMixin, Bundled):
             kind=kind,
             alpha=alpha,
             activation=activation,
+            damping=damping,
             center=center,
             projection=projection,
             random_state=random_state,

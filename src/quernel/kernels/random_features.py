@@ -17,9 +17,10 @@ from quernel._errors import QuernelError
 from quernel._random import Seed
 from quernel._registry import register
 from quernel._validate import check_choice, check_finite, check_float
-from quernel.kernels._random_features import Floats, Projection, RandomFeatures
+from quernel.kernels._random_features import Floats, RandomFeatures
 from quernel.kernels.features.arc_cosine import ORDERS, arc_cosine_features
 from quernel.kernels.features.fourier import fourier_features
+from quernel.kernels.features.orthogonal import Projection
 
 
 def _fourier_example() -> dict[str, Any]:
@@ -27,12 +28,11 @@ def _fourier_example() -> dict[str, Any]:
 
 
 @register(
-    "snnk",
+    "random-fourier-features",
     pillar="kernels",
     contract="estimator",
     paper=None,
     status="stable",
-    headline=False,
     example=_fourier_example,
 )
 class RandomFourierFeatures(RandomFeatures):

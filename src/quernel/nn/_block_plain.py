@@ -175,7 +175,7 @@ def slots_of(layout: Layout, starts: Tensor | None, rows: Tensor) -> Tensor:  # 
         total = _multiply_mod(layout.a, row, layout.prime) + _multiply_mod(layout.b, chunk, layout.prime) + layout.c
         begin = total % layout.prime % layout.places
     else:
-        begin = _fastrange(_mix(layout.state, block), layout.places)
+        begin = fastrange_of(mix(layout.state, block), layout.places)
     return (begin + position % layout.block) % layout.size
 
 
@@ -186,7 +186,7 @@ def signs_of(layout: Layout, flips: Tensor | None, rows: Tensor) -> Tensor | Non
     position = _positions(layout, rows)
     if flips is not None:
         return flips[position].long()
-    word = _mix(_mix(layout.state, position >> 6), SIGNS)
+    word = mix(mix(layout.state, position >> 6), SIGNS)
     return 1 - 2 * ((word >> (position & 63)) & 1)
 
 
@@ -194,7 +194,7 @@ def _positions(layout: Layout, rows: Tensor) -> Tensor:
     return rows[:, None] * layout.pitch + torch.arange(layout.dim, device=rows.device)
 
 
-def _mix(state: int | Tensor, key: int | Tensor) -> Tensor:
+def mix(state: int | Tensor, key: int | Tensor) -> Tensor:
     """One step of ``mix64``."""
     z: Tensor = state + key + _signed(0x9E3779B97F4A7C15)  # type: ignore[assignment]
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -202,7 +202,7 @@ def _mix(state: int | Tensor, key: int | Tensor) -> Tensor:
     return z ^ _shift(z, 31)
 
 
-def _fastrange(h: Tensor, n: int) -> Tensor:
+def fastrange_of(h: Tensor, n: int) -> Tensor:
     h_low, h_high = h & _LOW, _shift(h, 32)
     n_low, n_high = n & _LOW, n >> 32
     middle = h_high * n_low + _shift(h_low * n_low, 32)

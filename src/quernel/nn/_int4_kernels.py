@@ -29,7 +29,6 @@ i8, i16, i32, u8 = np.int8, np.int16, np.int32, np.uint8
 
 # Tokens that share one load of the weight: ROWS * TOKENS sums and the unpacked operands fill the 32 registers.
 TOKENS = 4
-GROUP_SIZES = (32, 64, 128)
 # Blocks of rows that all tokens pass before the next ones: their codes stay in L2, the tokens at hand in L1.
 TILE = 16
 OCTETS, WORDS = ir.VectorType(I8, 4 * LANES), ir.VectorType(I32, LANES)

@@ -16,6 +16,8 @@ from quernel._errors import QuernelError
 ROWS = 4
 CHUNK = 128
 PLANE = CHUNK // 2
+# Inputs that may share a scale.
+GROUP_SIZES = (32, 64, 128)
 
 
 def padded(n: int, multiple: int) -> int:
@@ -55,4 +57,6 @@ def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:  # packed_shape u
 
 def unpack_rows(planes: Tensor, columns: int) -> Tensor:  # (n, chunks, PLANE) uint8 -> (n, columns) uint8
     """Return the codes of single rows, ``packed[row // ROWS, :, row % ROWS]``."""
-    return torch.stack([planes & 15, planes >> 4], dim=2).flatten(1)[:, :columns].contiguous()
+    # A shift of bytes becomes an invalid graph on its way to ONNX; a division is slower.
+    high = planes // 16 if torch.compiler.is_compiling() else planes >> 4
+    return torch.stack([planes & 15, high], dim=2).flatten(1)[:, :columns].contiguous()

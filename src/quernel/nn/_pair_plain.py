@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quernel._errors import QuernelError
-from quernel.nn._block_plain import _fastrange, _mix, wide_dtype
+from quernel.nn._block_plain import fastrange_of, mix, wide_dtype
 from quernel.nn._pair_kernels import GAP, SOFTMAX, SQRT
 
 STORED = (torch.bfloat16, torch.float32, torch.float64)
@@ -115,9 +115,9 @@ def rows_plain(ids: Tensor, described: list[int], queries: int, padding: int) ->
         row = u * layout.vocab + v
         rows = (row * layout.buckets + buckets if layout.keyed else row)[:, :, None]
     else:
-        h = _mix(_mix(layout.state, u), v)
-        h = _mix(h, buckets) if layout.keyed else h
-        chunks = [_fastrange(_mix(h, c), layout.rows) * layout.hashes + c for c in range(layout.hashes)]
+        h = mix(mix(layout.state, u), v)
+        h = mix(h, buckets) if layout.keyed else h
+        chunks = [fastrange_of(mix(h, c), layout.rows) * layout.hashes + c for c in range(layout.hashes)]
         rows = torch.stack(chunks, dim=2)
     return rows.masked_fill(~present[:, :, None], padding)
 

@@ -242,3 +242,10 @@ class StoredEmbedding(_StoredLayer):
     def extra_repr(self) -> str:
         """Show the shape."""
         return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+def applied(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a projection in the dtype of its weight; layers over stored weights take any."""
+    weight = getattr(layer, "weight", None)
+    y: Tensor = layer(x.to(weight.dtype) if isinstance(weight, Tensor) else x)
+    return y

@@ -79,18 +79,8 @@ def check_damaged_files(cls: type) -> None:
     wanted = run(module, inputs)
     with tempfile.TemporaryDirectory() as name:
         folder = save_model(_holder(cls, module), name)
-        files = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-        for i in range(MUTATIONS):
-            file = sorted(files)[i % len(files)]
-            file.write_bytes(mutated(files[file], i))
-            _require_refused(cls, folder, f"a damaged {file.name}", inputs, wanted)
-            file.write_bytes(files[file])
-        fields = FORGED_FIELDS_OF_MODEL if _is_model(cls) else FORGED_FIELDS
-        for change, document in forged(json.loads(files[folder / CONFIG]), fields):
-            (folder / CONFIG).write_text(json.dumps(document), encoding="utf-8")
+        for change in damages(folder, FORGED_FIELDS_OF_MODEL if _is_model(cls) else FORGED_FIELDS):
             _require_refused(cls, folder, change, inputs, wanted)
-        (folder / CONFIG).unlink()
-        _require_refused(cls, folder, f"a missing {CONFIG}", inputs, wanted)
 
 
 def _require_refused(cls: type, folder: Path, change: str, inputs: tuple[Tensor, ...], wanted: list[Tensor]) -> None:
@@ -102,6 +92,21 @@ def _require_refused(cls: type, folder: Path, change: str, inputs: tuple[Tensor,
     got = run(twin, inputs)
     same = len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     require(same, cls, f"{change} loads silently with other numbers")
+
+
+def damages(folder: Path, fields: int) -> Iterator[str]:
+    """Damage a saved folder in one way after another, each from the whole one, and say how."""
+    files = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    for i in range(MUTATIONS):
+        file = sorted(files)[i % len(files)]
+        file.write_bytes(mutated(files[file], i))
+        yield f"a damaged {file.name}"
+        file.write_bytes(files[file])
+    for change, document in forged(json.loads(files[folder / CONFIG]), fields):
+        (folder / CONFIG).write_text(json.dumps(document), encoding="utf-8")
+        yield change
+    (folder / CONFIG).unlink()
+    yield f"a missing {CONFIG}"
 
 
 def mutated(data: bytes, seed: int) -> bytes:

@@ -10,8 +10,6 @@ import contextlib
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +18,10 @@ from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from quernel._errors import FormatError
-from quernel._io import CONFIG
 from quernel._load import load
 from quernel._registry import example_of
 from quernel._timing import threads
-from quernel.testing._modules_shared import FORGED_FIELDS, MUTATIONS, forged, mutated
+from quernel.testing._modules_shared import FORGED_FIELDS, damages
 from quernel.testing._suite import ConformanceError, global_generators_untouched, require, run_all
 
 ROWS, COLUMNS = 60, 6
@@ -148,7 +145,7 @@ def check_damaged_files(cls: type) -> None:
     wanted = outputs(estimator, x)
     with tempfile.TemporaryDirectory() as name:
         folder = estimator.save(name)
-        for change in _damages(folder):
+        for change in damages(folder, FORGED_FIELDS):
             try:
                 twin = load(folder)
             except FormatError as error:
@@ -160,20 +157,6 @@ def check_damaged_files(cls: type) -> None:
 def outputs(estimator: Any, x: Array) -> dict[str, Array]:
     """Return what each method of a fitted estimator says about the rows ``x``."""
     return {name: np.asarray(getattr(estimator, name)(x)) for name in METHODS if hasattr(estimator, name)}
-
-
-def _damages(folder: Path) -> Iterator[str]:
-    files = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-    for i in range(MUTATIONS):
-        file = sorted(files)[i % len(files)]
-        file.write_bytes(mutated(files[file], i))
-        yield f"a damaged {file.name}"
-        file.write_bytes(files[file])
-    for change, document in forged(json.loads(files[folder / CONFIG]), FORGED_FIELDS):
-        (folder / CONFIG).write_text(json.dumps(document), encoding="utf-8")
-        yield change
-    (folder / CONFIG).unlink()
-    yield f"a missing {CONFIG}"
 
 
 def _made(cls: type) -> Any:

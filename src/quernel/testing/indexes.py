@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -12,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from quernel._errors import FormatError, QuernelError
-from quernel._io import CONFIG
 from quernel._load import load
 from quernel._registry import example_of
 from quernel._timing import threads
 from quernel.hashing import Sets
 from quernel.search import FlatIndex, Index
-from quernel.testing._modules_shared import FORGED_FIELDS, MUTATIONS, forged, mutated
+from quernel.testing._modules_shared import FORGED_FIELDS, damages
 from quernel.testing._suite import global_generators_untouched, require, run_all
 
 ITEMS, QUERIES, K = 200, 20, 5
@@ -154,14 +152,7 @@ def check_damaged_files(cls: type) -> None:
     wanted = index.search(queries, K)
     with tempfile.TemporaryDirectory() as name:
         folder = index.save(name)
-        files = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-        for i in range(MUTATIONS):
-            file = sorted(files)[i % len(files)]
-            file.write_bytes(mutated(files[file], i))
-            _require_refused(cls, folder, f"a damaged {file.name}", queries, wanted)
-            file.write_bytes(files[file])
-        for change, document in forged(json.loads(files[folder / CONFIG]), FORGED_FIELDS):
-            (folder / CONFIG).write_text(json.dumps(document), encoding="utf-8")
+        for change in damages(folder, FORGED_FIELDS):
             _require_refused(cls, folder, change, queries, wanted)
 
 

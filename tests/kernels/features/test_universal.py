@@ -135,9 +135,27 @@ def test_activations_without_a_transform_are_refused(name):
 
 def test_rows_too_long_are_refused_before_they_overflow():
     xi = torch.tensor([1 / (2 * math.pi)])
-    check_exponents(torch.tensor([[59.0]]), xi, "x")
-    with pytest.raises(QuernelError, match=r"x has rows of length up to 7\.81.*Normalise"):
-        check_exponents(torch.tensor([[61.0]]), xi, "x")
+    check_exponents(torch.tensor([[14.9]]), xi, "x")
+    with pytest.raises(QuernelError, match=r"x has rows of length up to 3\.89.*exp\(60\.4\).*Normalise"):
+        check_exponents(torch.tensor([[15.1]]), xi, "x")
     with pytest.raises(QuernelError, match="Normalise"):
         check_exponents(torch.tensor([[float("nan")]]), xi, "x")
     check_exponents(torch.zeros(0, 1), xi, "x")
+
+
+@pytest.mark.parametrize("frequency", [0.05, 1 / (2 * math.pi), 0.7])
+def test_sides_that_pass_alone_cannot_exceed_the_limit_together(frequency):
+    """The variance is that of |x + w|^2: 2 pi |xi| |x + w|^2 stays within 60 even for parallel rows."""
+    xi = torch.tensor([frequency], dtype=torch.float64)
+    squares = torch.linspace(0, 100, 4001, dtype=torch.float64)
+
+    def passes(square):
+        try:
+            check_exponents(square[None, None], xi, "x")
+        except QuernelError:
+            return False
+        return True
+
+    longest = max(float(s) for s in squares if passes(s))
+    together = 4 * 2 * math.pi * frequency * longest  # |x + w| = 2 |x| for w = x
+    assert 0.98 * 60 < together <= 60

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from quernel._errors import QuernelError
 from quernel.nn import BinaryLinearAttention, PackedShiftLinear
@@ -136,6 +138,27 @@ def test_autocast_and_half_precision_weights() -> None:
     y.sum().backward()
     assert all(p.grad is not None for p in mixer.parameters())
     assert mixer.eval().bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation gives."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_is_linear_in_tokens(training: bool) -> None:
+    mixer, sizes = BinaryLinearAttention(64, 4).train(training), []
+    for tokens in (512, 2048):
+        with Largest() as largest:
+            mixer(torch.randn(1, tokens, 64)).sum().backward()
+        sizes.append(largest.size)
+    assert sizes[1] == 4 * sizes[0]
 
 
 def test_cost_is_linear_in_tokens() -> None:

@@ -14,9 +14,10 @@ from quernel.apps.wave_surrogate.dataset import WaveData
 from quernel.apps.wave_surrogate.surrogate import WaveSurrogate, rollout
 from quernel.nn._running import evaluating
 
-#: Steps of gradient clipping and warm-up: products of three factors have sharp corners.
+# Largest norm of a gradient, and share of the steps in which the rate rises: the loss is steep in products of three.
 CLIP = 1.0
 WARM_UP = 0.05
+# Trajectories that are judged at once.
 BATCH = 32
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._validate import all_finite
 from quernel.compress._context import Context, observe_inputs, tied_elsewhere
 from quernel.compress._method import LayerPlan
 from quernel.kernels.moments import Gram
@@ -62,7 +63,7 @@ def find_layers(
         if other is not None:
             skipped += [LayerPlan(name, "skip", f"its weight is tied to {other}") for name in names]
             continue
-        if not bool(weight.isfinite().all()):
+        if not all_finite(weight):
             raise QuernelError(f"the weight of {names[0]!r} holds NaN or infinity; repair or exclude the layer")
         layers.append(Layer(names, modules, _blocks(names[0], weight, split)))
     return layers, skipped

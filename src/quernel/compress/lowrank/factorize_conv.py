@@ -20,7 +20,7 @@ from torch import nn
 from quernel._errors import QuernelError
 from quernel._random import torch_generator
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int, check_type
+from quernel._validate import all_finite, check_choice, check_float, check_int, check_type
 from quernel.compress._context import Context, tied_elsewhere
 from quernel.compress._method import LayerPlan, Method, Plan, Scalar
 from quernel.nn import (
@@ -150,32 +150,36 @@ class FactorizeConv(Method):
         return (cls(tolerance=0.15), cls(), cls(6), cls(4))
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose ranks and build the layers."""
+        """Choose ranks; the layers of a whole model beside it would take too much memory, so they are fitted again."""
         every = [name for name, module in model.named_modules() if type(module) in self.targets]
         selected = context.selected(model, self.targets)
-        layers, payload = [], {}
-        generators: dict[torch.device, torch.Generator] = {}
+        layers: list[LayerPlan] = []
+        ranks: dict[str, int] = {}
         for i, (name, module) in enumerate(selected):
             context.tell(f"{type(self).__name__}: {name}", i / len(selected))
             reason = self._reason_to_skip(model, module, first=name == every[0])
-            new, error = None, 0.0
-            if not reason and self.mode == "init":
+            rank, error = 1 if self.rank == "auto" else self.rank, 0.0
+            if not reason and self.mode == "decompose":
+                rank, error, reason = self._fitting_rank(module)
+            if reason:
+                layers.append(LayerPlan(name, "keep", reason))
+                continue
+            ranks[name] = rank
+            layers.append(LayerPlan(name, f"one-way filters, {self.mode}", details=_details(module, rank, error)))
+        return Plan(tuple(layers), ranks, _summary(model, layers), tuple(self._warnings(layers)))
+
+    def apply(self, model: nn.Module, plan: Plan) -> None:
+        """Make the layers one by one and put them in, at every alias."""
+        generators: dict[torch.device, torch.Generator] = {}
+        for name, rank in plan.payload.items():
+            module = model.get_submodule(name)
+            if self.mode == "init":
                 device = module.get_parameter("weight").device
                 if device not in generators:
                     generators[device] = torch_generator(self.seed, device)
-                new = self._fresh(module, generators[device])
-            elif not reason:
-                new, error, reason = self._fitted(module)
-            if new is None:
-                layers.append(LayerPlan(name, "keep", reason))
-                continue
-            payload[name] = new
-            layers.append(LayerPlan(name, f"one-way filters, {self.mode}", details=_details(module, new, error)))
-        return Plan(tuple(layers), payload, _summary(model, layers), tuple(self._warnings(layers)))
-
-    def apply(self, model: nn.Module, plan: Plan) -> None:
-        """Put the layers in, at every alias."""
-        for name, new in plan.payload.items():
+                new = self._fresh(module, rank, generators[device])
+            else:
+                new = self._fit(module, rank)
             replace_module(model, name, new)
 
     def _reason_to_skip(self, model: nn.Module, module: Any, *, first: bool) -> str:
@@ -188,43 +192,44 @@ class FactorizeConv(Method):
         weight = module.weight
         if not isinstance(weight, nn.Parameter):
             return "its weight is computed from others"
-        if not bool(weight.isfinite().all()):
+        if not all_finite(weight):
             return "its weight holds NaN or infinity"
         if _saving_rank(module) < (1 if self.rank == "auto" else self.rank):
             return f"rank {1 if self.rank == 'auto' else self.rank} would save nothing"
         other = tied_elsewhere(model, weight, [module])
         return "" if other is None else f"its weight is tied to {other}"
 
-    def _fresh(self, module: nn.Module, generator: torch.Generator) -> nn.Module:
+    def _fresh(self, module: nn.Module, rank: int, generator: torch.Generator) -> nn.Module:
         cls = FACTORIZED[type(module)]
-        rank = 1 if self.rank == "auto" else self.rank
         init = self.init if "shared" in cls.flags else "kaiming"
         layer: nn.Module = cls.like(module, rank, init=init, generator=generator)
         return layer
 
-    def _fitted(self, module: Any) -> tuple[nn.Module | None, float, str]:
-        """Return the fitted layer and its relative error, or why none is good enough."""
+    def _fitting_rank(self, module: Any) -> tuple[int, float, str]:
+        """Return the rank and its relative error, or why none is good enough."""
         if self.rank != "auto":
-            return *self._fit(module, self.rank), ""
+            return self.rank, self._error(module, self.rank), ""
         low, high = 1, _saving_rank(module)
-        best, error = self._fit(module, high)
+        error = self._error(module, high)
         if error > self.tolerance:
-            return None, 0.0, f"even rank {high} is off by {error:.2f} and the next saves nothing"
+            return 0, 0.0, f"even rank {high} is off by {error:.2f} and the next saves nothing"
         # Errors fall with the rank, so bisection finds the lowest that will do.
         while low < high:
             middle = (low + high) // 2
-            layer, off = self._fit(module, middle)
+            off = self._error(module, middle)
             if off <= self.tolerance:
-                high, best, error = middle, layer, off
+                high, error = middle, off
             else:
                 low = middle + 1
-        return best, error, ""
+        return high, error, ""
 
-    def _fit(self, module: Any, rank: int) -> tuple[nn.Module, float]:
-        layer = FACTORIZED[type(module)].from_conv(module, rank, self.iters)
-        weight = module.weight.detach().double()
-        lost = float((layer.kernel().detach().double() - weight).norm())
-        return layer, lost / max(float(weight.norm()), torch.finfo(torch.float64).tiny)
+    def _fit(self, module: nn.Module, rank: int) -> Any:
+        return FACTORIZED[type(module)].from_conv(module, rank, self.iters)
+
+    def _error(self, module: Any, rank: int) -> float:
+        layer, weight = self._fit(module, rank), module.weight.detach()
+        lost = float((layer.kernel().detach() - weight).norm(dtype=torch.float64))
+        return lost / max(float(weight.norm(dtype=torch.float64)), torch.finfo(torch.float64).tiny)
 
     def _warnings(self, layers: Sequence[LayerPlan]) -> list[str]:
         changed = [layer for layer in layers if not layer.skipped]
@@ -243,11 +248,11 @@ def _saving_rank(module: Any) -> int:
     return (dense - 1) // (module.in_channels + sum(module.kernel_size))
 
 
-def _details(module: Any, new: Any, error: float) -> dict[str, Scalar]:
+def _details(module: Any, rank: int, error: float) -> dict[str, Scalar]:
     bias = 0 if module.bias is None else module.out_channels
-    kept = one_way_parameters(module.out_channels, module.in_channels, module.kernel_size, new.rank)
+    kept = one_way_parameters(module.out_channels, module.in_channels, module.kernel_size, rank)
     return {
-        "rank": new.rank,
+        "rank": rank,
         "relative_frobenius_error": error,
         "parameters_before": module.weight.numel() + bias,
         "parameters_after": kept + bias,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from quernel._errors import QuernelError
 from quernel._random import spawn, torch_generator
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int, check_type
+from quernel._validate import all_finite, check_choice, check_float, check_int, check_type
 from quernel.compress._context import Context, observe_inputs, tied_elsewhere
 from quernel.compress._method import LayerPlan, Method, Plan, Scalar
 from quernel.compress.lowrank.welore import two_layer_example
 from quernel.compress.quant._adjacent import activations_after, sole_readers
 from quernel.kernels.features.hadamard import padded_size
+from quernel.kernels.features.orthogonal import PROJECTIONS, Projection
 from quernel.kernels.moments import Moments
 from quernel.kernels.normal_equations import NormalEquations
 from quernel.nn import SNNKLinear, replace_module
@@ -125,7 +126,7 @@ class SNNK(Method):
     target: float = 0.5
     n_features: int | None = None
     bundle: bool = True
-    projection: Literal["hadamard", "orthogonal", "gaussian"] = "hadamard"
+    projection: Projection = "hadamard"
     alpha: float = 1e-3
     seed: int = 0
 
@@ -137,7 +138,7 @@ class SNNK(Method):
         if self.n_features is not None:
             check_int("n_features", self.n_features, low=1)
         check_type("bundle", self.bundle, bool)
-        check_choice("projection", self.projection, ("hadamard", "orthogonal", "gaussian"))
+        check_choice("projection", self.projection, PROJECTIONS)
         check_float("alpha", self.alpha, low=0.0)
         check_int("seed", self.seed, low=0)
         # A bundled layer answers for another one: outputs cannot be compared one to one.
@@ -167,12 +168,13 @@ class SNNK(Method):
         warnings, payload = [], []
         for i, (chain, fit) in enumerate(fits.items()):
             context.tell(f"{type(self).__name__}: {chain.linear}", i / len(fits))
-            found = fit.sums.solve(self.alpha)
+            found, rows = fit.sums.solve(self.alpha), fit.sums.count
+            del fit.sums  # the solved layer takes its place
             fit.layer.set_solution(found.weight, found.intercept)
             payload.append(_Replacement(chain, fit.layer))
             details: dict[str, Scalar] = {
                 "n_features": fit.layer.n_features,
-                "fitted_rows": fit.sums.count,
+                "fitted_rows": rows,
                 "relative_fit_error": found.relative_error,
             }
             plans[chain.linear] = LayerPlan(
@@ -180,9 +182,9 @@ class SNNK(Method):
             )
             for name in chain.linears[1:]:
                 plans[name] = LayerPlan(name, f"bundled into {chain.linear}")
-            if fit.sums.count < _ROWS_A_FEATURE * fit.layer.n_features:
+            if rows < _ROWS_A_FEATURE * fit.layer.n_features:
                 warnings.append(
-                    f"{chain.linear}: {fit.layer.n_features} features were fitted on {fit.sums.count} rows; give "
+                    f"{chain.linear}: {fit.layer.n_features} features were fitted on {rows} rows; give "
                     "more data, or the layer follows the sample"
                 )
         summary: dict[str, Scalar] = {
@@ -269,7 +271,7 @@ class SNNK(Method):
 
 
 def _refusal(model: nn.Module, name: str, linear: nn.Linear) -> str:
-    if not all(bool(p.isfinite().all()) for p in linear.parameters()):
+    if not all(all_finite(p) for p in linear.parameters()):
         raise QuernelError(f"{name!r} holds NaN or infinity; repair or exclude the layer")
     for parameter in linear.parameters():
         tied = tied_elsewhere(model, parameter, [linear])

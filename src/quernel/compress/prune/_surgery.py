@@ -100,7 +100,8 @@ def cut(model: nn.Module, tensors: Mapping[str, Array], spaces: Sequence[Space],
         else:
             old: Tensor = module.weight
             shaped = weight.reshape(*weight.shape[:2], *old.shape[2:])
-            surgery.layers[name] = (shaped, None if bias is None else bias.flatten())
+            # In the model's precision at once: a second model in float64 would weigh two.
+            surgery.layers[name] = (shaped.to(old), None if bias is None else bias.flatten().to(old))
     return surgery
 
 
@@ -116,7 +117,7 @@ def kept_positions(tensors: Mapping[str, Array], spaces: Sequence[Space]) -> dic
 def _cut(tensors: Mapping[str, Array], kept: Mapping[tuple[str, int], NDArray[np.bool_]], name: str) -> Tensor | None:
     if name not in tensors:
         return None
-    return torch.from_numpy(np.ascontiguousarray(tensors[name][kept[name, 0]][:, kept[name, 1]]))
+    return torch.from_numpy(tensors[name][np.ix_(kept[name, 0], kept[name, 1])])
 
 
 def operate(model: nn.Module, surgery: Surgery, *, keep_bn: bool = False) -> None:

@@ -100,6 +100,9 @@ class FeatureMerging(Method):
 
     Notes
     -----
+    The groups share tensors, so all are merged at once: in float64, with two Gram matrices of (n, n) a group, beside
+    the model and the result.
+
     Departures from the authors' code: (1) batch norms are folded first (theirs sums running variances, which
     is off by sqrt(2) on duplicates); (2) exact duplicates merge (theirs stops with an assertion); (3) ``beta``
     refers to the unmerged network by default; (4) depthwise weights are averaged, not summed; (5) distances
@@ -193,7 +196,8 @@ class FeatureMerging(Method):
         self, model: nn.Module, merger: Merger, surgery: Surgery, folds: Mapping[str, str], context: Context
     ) -> Surgery:
         """Run the merged model once, and refit it if that is wanted."""
-        trial = copy.deepcopy(model)
+        # Parameters are shared: those that change are replaced.
+        trial = copy.deepcopy(model, {id(p): p for p in model.parameters()})
         operate(trial, surgery, keep_bn=self.keep_bn)
         try:
             with evaluating(trial), torch.no_grad():

@@ -7,7 +7,8 @@ convolutions beside such layers get channel-major kernels, so that no tensor cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from quernel._errors import QuernelError
 from quernel._registry import register
-from quernel._validate import check_choice, check_probability, check_type
+from quernel._validate import all_finite, check_choice, check_probability, check_type
 from quernel.compress._context import Context, tied_elsewhere
 from quernel.compress._method import LayerPlan, Method, Plan
 from quernel.compress.prune._pointwise_chains import ACTIVATIONS, Chain, find_chains
@@ -27,16 +28,34 @@ from quernel.nn.conv.sparse import WORTH_IT, not_pointwise
 from quernel.nn.functional import fold_batch_norm
 from quernel.nn.functional.magnitude import BLOCKS, magnitude_mask
 from quernel.nn.weights import SparseWeight
-from quernel.nn.weights.sparse import MAX_INPUTS, block_pattern
+from quernel.nn.weights.sparse import MAX_INPUTS, row_groups
+
+# Rows of a weight that are summed together: large temporaries go back to the system and fault in again.
+ROWS = 128
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """How many weights of a layer stay, of how many, and the share of its norm that goes."""
+
+    stored: int
+    size: int
+    weight_lost: float
+
+    @property
+    def zeros(self) -> float:
+        """Share of the weights that is not stored."""
+        return 1.0 - self.stored / self.size
 
 
 @dataclass
 class _Decision:
     """What ``apply`` and ``finish`` carry out; ``masks`` are held on the weights while the caller trains them."""
 
-    masks: dict[str, Tensor]
+    sparse: tuple[str, ...]
     chains: tuple[Chain, ...]
     trains: bool
+    masks: dict[str, Tensor] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
@@ -141,7 +160,7 @@ class SparsePointwise(Method):
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the nonzeros of each layer and find what is computed around it."""
-        masks: dict[str, Tensor] = {}
+        kept: dict[str, _Kept] = {}
         skipped: dict[str, str] = {}
         depthwise: list[str] = []
         for i, (name, module) in enumerate(selected := context.selected(model, self.targets)):
@@ -150,37 +169,37 @@ class SparsePointwise(Method):
                 depthwise.append(name)
                 continue
             reason = self._refusal(model, module)
-            mask = torch.empty(0) if reason else self._mask(module)
-            zeros = 0.0 if reason else 1.0 - float(mask.float().mean())
-            if not reason and zeros < self.min_sparsity:
-                reason = f"{zeros:.0%} of its weights are zero, fewer than min_sparsity={self.min_sparsity}"
-            if reason:
+            # Masks of all layers would be a quarter of a model: each is made again where it is used.
+            found = None if reason else _kept(module.get_parameter("weight").detach(), self._mask(module))
+            if found is not None and found.zeros < self.min_sparsity:
+                reason = f"{found.zeros:.0%} of its weights are zero, fewer than min_sparsity={self.min_sparsity}"
+            if found is None or reason:
                 skipped[name] = reason
             else:
-                masks[name] = mask
+                kept[name] = found
         trains = self.sparsity is not None and context.finetune is not None
         plain = [n for n in skipped if self.fold_bn and isinstance(model.get_submodule(n), nn.Conv2d)]
-        chains = tuple(find_chains(model, context, list(masks), depthwise, plain, self.fold_bn))
+        chains = tuple(find_chains(model, context, list(kept), depthwise, plain, self.fold_bn))
         done = {chain.layer for chain in chains}
         skipped |= dict.fromkeys(depthwise, "no sparse layer is beside it")
-        layers = [plan for chain in chains for plan in self._layer_plans(model, chain, masks, plain)]
+        layers = [plan for chain in chains for plan in _layer_plans(chain, kept, plain)]
         layers += [LayerPlan(name, "skip", reason) for name, reason in skipped.items() if name not in done]
-        stored, all_of_them = (sum(int(part(m)) for m in masks.values()) for part in (Tensor.sum, Tensor.numel))
+        stored, all_of_them = sum(one.stored for one in kept.values()), sum(one.size for one in kept.values())
         summary = {
-            "sparse_layers": len(masks),
+            "sparse_layers": len(kept),
             "sparsity": 1.0 - stored / all_of_them if all_of_them else 0.0,
             "depthwise_layers": len(done & set(depthwise)),
             "folded_batch_norms": sum(chain.norm is not None for chain in chains),
         }
         warnings = []
-        if masks and self.min_sparsity < WORTH_IT:
+        if kept and self.min_sparsity < WORTH_IT:
             warnings.append(f"min_sparsity={self.min_sparsity}: below {WORTH_IT:.0%} zeros dense layers are faster")
-        if masks and self.sparsity is not None and not trains:
+        if kept and self.sparsity is not None and not trains:
             warnings.append(
                 f"sparsity={self.sparsity} is reached at once, without training; pass finetune=, or prune while you "
                 "train (quernel.train.GradualMagnitudePruner)"
             )
-        return Plan(tuple(layers), _Decision(masks, chains, trains), summary, tuple(warnings))
+        return Plan(tuple(layers), _Decision(tuple(kept), chains, trains), summary, tuple(warnings))
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
         """Put the sparse layers in; where the caller trains first, set the zeros and hold them."""
@@ -188,10 +207,11 @@ class SparsePointwise(Method):
         if not decision.trains:
             self._convert(model, decision)
             return
-        for name, mask in decision.masks.items():
-            weight = model.get_submodule(name).get_parameter("weight")
-            with torch.no_grad():
-                weight.mul_(mask)
+        for name in decision.sparse:
+            module = model.get_submodule(name)
+            weight, mask = module.get_parameter("weight"), self._mask(module)
+            decision.masks[name] = mask
+            _masked_(weight.detach(), mask)
             if weight.requires_grad:
                 # Without gradient and momentum they stay zero, with weight decay too.
                 decision.handles.append(weight.register_hook(lambda grad, mask=mask: grad * mask))
@@ -215,8 +235,10 @@ class SparsePointwise(Method):
         weight = module.weight
         if not isinstance(weight, Tensor) or weight.dtype is not torch.float32:
             return "its weight is no float32 tensor"
-        if not bool(weight.isfinite().all()):
+        if not all_finite(weight):
             return "its weight holds NaN or infinity"
+        if not weight.numel():
+            return "it has no weights"
         if weight.shape[1] > MAX_INPUTS:
             return f"it has more than {MAX_INPUTS} inputs"
         tied = tied_elsewhere(model, weight, [module])
@@ -225,31 +247,22 @@ class SparsePointwise(Method):
     def _mask(self, module: nn.Module) -> Tensor:
         weight = module.get_parameter("weight").detach()
         if self.sparsity is not None:
-            return magnitude_mask(weight, self.sparsity, block=self.block) & (weight != 0)
-        grouped, single = block_pattern(weight.flatten(1), self.block)
-        return torch.cat([grouped.repeat_interleave(self.block, 0), single]).view(weight.shape)
-
-    def _layer_plans(
-        self, model: nn.Module, chain: Chain, masks: dict[str, Tensor], plain: Sequence[str]
-    ) -> list[LayerPlan]:
-        details: dict[str, Any] = {"batch_norm": chain.norm, "activation": chain.activation, "aligned": chain.aligned}
-        if chain.layer in plain:
-            plans = [LayerPlan(chain.layer, "folded", details={"batch_norm": chain.norm})]
-        elif chain.layer not in masks:
-            plans = [LayerPlan(chain.layer, "channel-major", details=details)]
-        else:
-            mask, weight = masks[chain.layer], model.get_submodule(chain.layer).get_parameter("weight").detach()
-            lost = float((weight * ~mask).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
-            kept = {"sparsity": 1.0 - float(mask.float().mean()), "weight_lost": lost}
-            plans = [LayerPlan(chain.layer, "sparse", details=kept | details)]
-        later = [name for name in (chain.norm, chain.activation) if name is not None]
-        return plans + [LayerPlan(name, "fused", f"computed in {chain.layer}") for name in later]
+            mask = magnitude_mask(weight, self.sparsity, block=self.block)
+            for stays, values in zip(mask.split(ROWS), weight.split(ROWS), strict=True):
+                stays &= values != 0
+            return mask
+        nonzero = [
+            (rows != 0).any(1, keepdim=True).expand_as(rows) for rows in row_groups(weight.flatten(1), self.block)
+        ]
+        return torch.cat([rows.flatten(0, 1) for rows in nonzero]).view(weight.shape)
 
     def _convert(self, model: nn.Module, decision: _Decision) -> None:
         for chain in decision.chains:
             layer, norm = model.get_submodule(chain.layer), chain.norm and model.get_submodule(chain.norm)
             activation = chain.activation and ACTIVATIONS[type(model.get_submodule(chain.activation))]
-            mask = decision.masks.get(chain.layer)
+            mask = None
+            if chain.layer in decision.sparse:
+                mask = decision.masks.pop(chain.layer) if decision.trains else self._mask(layer)
             replace_module(model, chain.layer, self._converted(layer, norm, activation, mask, chain.aligned))
             for name in (chain.norm, chain.activation):
                 if name is not None:
@@ -261,19 +274,62 @@ class SparsePointwise(Method):
         weight, bias = layer.weight, layer.bias
         trains = bool(weight.requires_grad)
         if norm:
-            statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-            with torch.no_grad():
-                weight, offset = fold_batch_norm(weight, bias, *statistics, eps=norm.eps)
+            weight, offset = _folded(weight.detach(), bias, norm, inplace=mask is not None)
             bias = nn.Parameter(offset, requires_grad=trains)
         if mask is None:
             kept = nn.Parameter(weight.detach(), requires_grad=trains)
             if not_depthwise(layer):
                 return _plain_conv(layer, kept, bias)
             return DepthwiseConv2d(kept, bias, stride=layer.stride[0], activation=activation, aligned=aligned)
-        stored = SparseWeight.from_dense((weight * mask).detach(), self.block)
+        # The layer goes, so its weight may be changed; a copy would be another layer in memory.
+        stored = SparseWeight.from_dense(_masked_(weight.detach(), mask), self.block)
         if isinstance(layer, nn.Linear):
             return SparseLinear(stored, bias, activation=activation)
         return SparseConv1x1(stored, bias, stride=layer.stride[0], activation=activation, aligned=aligned)
+
+
+def _masked_(weight: Tensor, mask: Tensor) -> Tensor:
+    """Set what goes to zero, in place; a product of a whole weight with a mask would copy the mask to float."""
+    for values, stays in zip(weight.split(ROWS), mask.split(ROWS), strict=True):
+        values.mul_(stays)
+    return weight
+
+
+def _folded(weight: Tensor, bias: Tensor | None, norm: Any, *, inplace: bool) -> tuple[Tensor, Tensor]:
+    """Fold a batch norm some rows at a time: float64 copies of a whole weight would be four times its size."""
+    target, offsets = weight if inplace else torch.empty_like(weight), []
+    vectors = (bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    with torch.no_grad():
+        for start in range(0, len(weight), ROWS):
+            rows = slice(start, start + ROWS)
+            parts = (None if vector is None else vector[rows] for vector in vectors)
+            target[rows], offset = fold_batch_norm(weight[rows], *parts, eps=norm.eps)
+            offsets.append(offset)
+    return target, torch.cat(offsets)
+
+
+def _kept(weight: Tensor, mask: Tensor) -> _Kept:
+    lost = total = 0.0
+    for values, stays in zip(weight.flatten(1).split(ROWS), mask.flatten(1).split(ROWS), strict=True):
+        squares = values.double().square()
+        total += float(squares.sum())
+        lost += float((squares * ~stays).sum())
+    share = math.sqrt(lost / total) if total else 0.0
+    return _Kept(int(mask.count_nonzero()), mask.numel(), share)  # sum() would make a copy in int64
+
+
+def _layer_plans(chain: Chain, kept: Mapping[str, _Kept], plain: Sequence[str]) -> list[LayerPlan]:
+    details: dict[str, Any] = {"batch_norm": chain.norm, "activation": chain.activation, "aligned": chain.aligned}
+    if chain.layer in plain:
+        plans = [LayerPlan(chain.layer, "folded", details={"batch_norm": chain.norm})]
+    elif chain.layer not in kept:
+        plans = [LayerPlan(chain.layer, "channel-major", details=details)]
+    else:
+        found = kept[chain.layer]
+        details = {"sparsity": found.zeros, "weight_lost": found.weight_lost} | details
+        plans = [LayerPlan(chain.layer, "sparse", details=details)]
+    later = [name for name in (chain.norm, chain.activation) if name is not None]
+    return plans + [LayerPlan(name, "fused", f"computed in {chain.layer}") for name in later]
 
 
 def _plain_conv(layer: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter) -> nn.Conv2d:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
-from quernel._validate import check_choice, check_float, check_int, check_type
+from quernel._validate import all_finite, check_choice, check_float, check_int, check_type
 from quernel.compress._context import Context, observe_inputs, tied_elsewhere
 from quernel.compress._method import LayerPlan, Method, Plan, Scalar
 from quernel.compress.cast import Cast
@@ -172,7 +172,7 @@ def refusal(model: nn.Module, module: nn.Linear, seen: bool) -> str:
     """Return why a layer cannot be quantised, or an empty string."""
     if not seen:
         return "the data never reached it"
-    if not bool(module.weight.isfinite().all()):
+    if not all_finite(module.weight):
         return "its weight holds NaN or infinity"
     tied = tied_elsewhere(model, module.weight, [module])
     # A quantised copy beside the tied original would add bytes.

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from quernel._validate import all_finite
 from quernel.compress._method import LayerPlan, PerModuleMethod
 from quernel.nn import LowRankLinear, StoredConv2d, StoredEmbedding, StoredLinear
 from quernel.nn.weights import ProductWeight, StoredWeight
@@ -33,7 +34,7 @@ class WeightOnly(PerModuleMethod):
         weights = _weights(module)
         if not weights:
             return LayerPlan(name, "skip", "its weight is not a tensor")
-        if not all(bool(weight.isfinite().all()) for weight in weights):
+        if not all(all_finite(weight) for weight in weights):
             return LayerPlan(name, "skip", "its weight holds NaN or infinity")
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return LayerPlan(name, "skip", "max_norm rewrites the table in forward")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quernel._errors import QuernelError
 from quernel._module_tree import is_registered
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int, check_type
+from quernel._validate import all_finite, check_choice, check_float, check_int, check_type
 from quernel.compress._context import Context, is_below, observe_inputs
 from quernel.compress._method import LayerPlan, Method, Plan, Scalar
 from quernel.compress.quant._adjacent import activations_after, scale_producer
@@ -26,8 +26,9 @@ from quernel.compress.quant._percentile import Smoothing, find_smoothing
 from quernel.compress.quant._quantized_linears import example_for, refusal
 from quernel.kernels.moments import AbsMax, Gram
 from quernel.nn import LowRankLinear, StoredLinear, W4A8Linear, replace_module
+from quernel.nn._int4_packing import GROUP_SIZES
 from quernel.nn.functional.compensated_rounding import compensate
-from quernel.nn.functional.dual_grained import GROUP_SIZES, DGQWeight, auto_group_size, check_grid, dgq_search
+from quernel.nn.functional.dual_grained import DGQWeight, auto_group_size, check_grid, dgq_search
 from quernel.nn.linear.w4a8 import ACTS
 from quernel.nn.weights import Int4GroupWeight, ProductWeight
 
@@ -90,7 +91,9 @@ class DGQ(Method):
 
     Notes
     -----
-    Low-rank layers get both factors in 4 bits, with activations by token.  Differs from the authors' code: error
+    Low-rank layers get both factors in 4 bits, with activations by token.  Every layer is calibrated on the model as it
+    was, so codes wait until all are found: an eighth of the model, beside at most 512 MB of Gram matrices (or the
+    largest one).  Differs from the authors' code: error
     feedback, which they do not have; errors use all calibration data, not the last batch; ranges include zero; what can
     be smoothed is found by running, not by name.
 
@@ -213,7 +216,7 @@ class DGQ(Method):
         for name, module in selected.items():
             count = maxima[name].count
             if isinstance(module, LowRankLinear):
-                finite = bool(module.weight.a.isfinite().all() and module.weight.b.isfinite().all())
+                finite = all_finite(module.weight.a) and all_finite(module.weight.b)
                 reason = "" if finite else "its factors hold NaN or infinity"
                 reason = reason if count else "the data never reached it"
             else:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from quernel._registry import register
 from quernel._validate import check_choice
 from quernel.compress.quant.weight_int8 import WeightInt8
-from quernel.nn.functional.dual_grained import GROUP_SIZES, auto_group_size
+from quernel.nn._int4_packing import GROUP_SIZES
+from quernel.nn.functional.dual_grained import auto_group_size
 from quernel.nn.weights import Int4GroupWeight, StoredWeight
 
 

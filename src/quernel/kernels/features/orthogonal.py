@@ -7,6 +7,8 @@ Cost: n dim draws, and for the orthogonal ones a QR decomposition of dim^3 a blo
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,9 @@ from quernel._random import Seed, generator
 from quernel._validate import check_int
 
 Floats = NDArray[np.float64]
+#: How random directions are drawn: the two kinds here, or those of ``hadamard.py``.
+Projection = Literal["orthogonal", "gaussian", "hadamard"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
 
 def gaussian_directions(n: int, dim: int, seed: Seed) -> Floats:

@@ -183,16 +183,21 @@ def universal_weight_features(
 
 
 def check_exponents(squares: Array, frequencies: Array, what: str) -> None:
-    """Raise if rows are so long that the estimate is noise or overflows: 2 pi |xi| |x|^2 above 60."""
+    """Raise if rows are so long that the estimate is noise or overflows: 2 pi |xi| |x + w|^2 could be above 60.
+
+    Inputs and weights are checked apart, each against others as long: neither side alone is above a quarter of that,
+    so that |x + w| <= |x| + |w| keeps the sum within it.
+    """
     longest, fastest = as_tensor(what, squares).detach(), as_tensor("frequencies", frequencies).detach()
     if longest.numel() == 0 or fastest.numel() == 0:
         return
-    exponent = 2 * math.pi * float(fastest.abs().max()) * float(longest.max())
+    exponent = 4 * 2 * math.pi * float(fastest.abs().max()) * float(longest.max())
     if not exponent <= LARGEST_EXPONENT:
         length = math.sqrt(float(longest.max()))
         raise QuernelError(
-            f"{what} has rows of length up to {length:.3g}: the variance of universal random features grows like "
-            f"exp({exponent:.3g}). Normalise inputs and weights to lengths near 1, or use ReLU features"
+            f"{what} has rows of length up to {length:.3g}: beside others as long, the variance of universal random "
+            f"features grows like exp({exponent:.3g}). Normalise inputs and weights to lengths near 1, or use ReLU "
+            "features"
         )
 
 

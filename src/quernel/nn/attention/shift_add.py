@@ -19,6 +19,7 @@ from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.nn._binary_attention_kernels import EPS
 from quernel.nn._described import layer_config, layer_from_config
+from quernel.nn._stored import applied
 from quernel.nn.functional.binary_attention import CONSTANTS, binary_linear_attention
 from quernel.nn.linear.low_rank import linear_over
 
@@ -209,7 +210,7 @@ class BinaryLinearAttention(nn.Module):
             raise QuernelError(f"x must have shape (batch, ..., {self.dim}) with tokens between; got {tuple(x.shape)}")
         tokens = x.flatten(1, -2)  # (B, N, C)
         kept = None if mask is None else self._tokens_of(mask, x)
-        qkv = _applied(self.qkv, tokens).unflatten(-1, (3, self.num_heads, -1))
+        qkv = applied(self.qkv, tokens).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
         if kept is not None:
             v = v * kept[:, None, :, None]
@@ -224,7 +225,7 @@ class BinaryLinearAttention(nn.Module):
             constant=self.constant,
             sparse=self.sparse if self.training else None,
         )
-        return _applied(self.proj, y.transpose(1, 2).flatten(2)).reshape(x.shape).to(x.dtype)
+        return applied(self.proj, y.transpose(1, 2).flatten(2)).reshape(x.shape).to(x.dtype)
 
     def flops(self, shape: tuple[int, ...]) -> int:
         """Return the floating-point operations of a forward pass over (B, *S, C), additions and products alike."""
@@ -280,13 +281,6 @@ class BinaryLinearAttention(nn.Module):
         parts = [f"{self.dim}, num_heads={self.num_heads}, tau={self.tau!r}, constant={self.constant!r}"]
         parts += [f"conv_kernel={self.conv.shape[1]}"]
         return ", ".join(parts + ([] if self.sparse is None else [f"sparse={self.sparse}"]))
-
-
-def _applied(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a projection in the dtype of its weight; layers over stored weights take any."""
-    weight = getattr(layer, "weight", None)
-    y: Tensor = layer(x.to(weight.dtype) if isinstance(weight, Tensor) else x)
-    return y
 
 
 @torch.no_grad()

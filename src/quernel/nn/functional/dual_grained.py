@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from quernel._errors import QuernelError
 from quernel._validate import check_choice, check_finite, check_int
+from quernel.nn._int4_packing import GROUP_SIZES
 
 CODES, LEVELS = 15, 127
-GROUP_SIZES = (32, 64, 128)
 # Fewer inputs than this, and 32 of them share a scale by default, else 128: small layers have less to average over.
 SMALL = 1024
 # Bytes of one array of a block of rows: larger temporaries go back to the system and fault in again at every step.

@@ -58,14 +58,15 @@ def expert_balance_loss(clean: Tensor, noisy: Tensor, latencies: Tensor, noise: 
     Notes
     -----
     Importance takes the probabilities of all tokens, not only of the routed ones.  An expert is chosen if its noisy
-    logit exceeds the largest noisy logit of the others, which is held fixed.
+    logit exceeds the largest noisy logit of the others; the gradient follows that threshold too.
     """
     if clean.ndim != 2 or clean.shape != noisy.shape or clean.shape[1] < 2 or latencies.shape != clean.shape[1:]:
         raise QuernelError(
             "clean and noisy must have one shape (tokens, experts) with two experts or more, latencies one entry an "
             f"expert; got {tuple(clean.shape)}, {tuple(noisy.shape)} and {tuple(latencies.shape)}"
         )
-    clean, noisy = clean.float(), noisy.float()
+    wide = torch.float64 if clean.dtype == torch.float64 else torch.float32
+    clean, noisy = clean.to(wide), noisy.to(wide)
     share = latencies.to(clean) / latencies.sum()
     loss = squared_variation(share * clean.softmax(1).sum(0))
     if noise <= 0:

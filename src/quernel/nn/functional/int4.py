@@ -15,8 +15,7 @@ from quernel._errors import QuernelError
 from quernel._threads import parallel_ranges, workspace
 from quernel._validate import check_choice, check_probability
 from quernel.nn import _int4_chain, _int4_kernels
-from quernel.nn._int4_kernels import GROUP_SIZES
-from quernel.nn._int4_packing import CHUNK, ROWS, packed_shape, unpack
+from quernel.nn._int4_packing import CHUNK, GROUP_SIZES, ROWS, packed_shape, unpack
 from quernel.nn._int8_kernels import ACTIVATIONS, dequantiser, quantiser
 from quernel.nn.functional import int8
 

@@ -1,9 +1,12 @@
 """``magnitude_mask``: which weights to keep when the smallest go (Zhu & Gupta, arXiv 1710.01878).
 
-Single weights are ranked by |w|, blocks of consecutive output rows by the mean of |w|.
+Single weights are ranked by |w|, blocks of consecutive output rows by the mean of |w|.  The magnitude where the share
+is reached is found by counting bits: three passes over some rows at a time, and no sorted copy of the weight.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +15,8 @@ from quernel._errors import QuernelError
 from quernel._validate import check_choice, check_finite, check_probability
 
 BLOCKS = (1, 2, 4)
+# Bytes of scores that are looked at together: larger temporaries go back to the system and fault in again.
+_CHUNK_BYTES = 2**19
 
 
 def magnitude_mask(weight: Tensor, sparsity: float, *, block: int = 1) -> Tensor:
@@ -53,16 +58,51 @@ def magnitude_mask(weight: Tensor, sparsity: float, *, block: int = 1) -> Tensor
     check_choice("block", block, BLOCKS)
     if weight.ndim < 2:
         raise QuernelError(f"weight must have at least two dimensions (out, in, ...); got shape {tuple(weight.shape)}")
-    check_finite("weight", weight)
-    matrix = weight.detach().abs().float().flatten(1)
-    groups = len(matrix) // block
-    split = groups * block
-    grouped = matrix[:split].view(groups, block, matrix.shape[1]).mean(1)
-    scores = torch.cat([grouped.flatten(), matrix[split:].flatten()])
-    sizes = torch.ones_like(scores, dtype=torch.int64)
-    sizes[: grouped.numel()] = block
-    order = scores.argsort(stable=True)
-    kept = torch.empty_like(order, dtype=torch.bool)
-    kept[order] = sizes[order].cumsum(0) > round(sparsity * matrix.numel())
-    first = kept[: grouped.numel()].view(grouped.shape).repeat_interleave(block, dim=0)
-    return torch.cat([first, kept[grouped.numel() :].view(matrix[split:].shape)]).view(weight.shape)
+    matrix = weight.detach().flatten(1)
+    budget = round(sparsity * matrix.numel())
+    turning, left = _turning_point(matrix, block, budget)
+    mask = torch.empty(matrix.shape, dtype=torch.bool, device=matrix.device)
+    for rows, bits, size in _scores(matrix, block):
+        equal = bits == turning
+        kept = bits > turning
+        ties = int(equal.count_nonzero())
+        if ties:
+            # Once a tie does not fit, none behind it does.
+            places = equal.flatten().cumsum(0).view_as(equal)
+            kept |= equal & (size * places > left)
+            left = max(0, left - size * ties)
+        mask[rows].view(len(kept), size, matrix.shape[1])[:] = kept[:, None]
+    return mask.view(weight.shape)
+
+
+def _scores(matrix: Tensor, block: int) -> Iterator[tuple[slice, Tensor, int]]:
+    """Yield some rows at a time: where, the bits of their scores, and for how many weights each score stands."""
+    outputs, inputs = matrix.shape
+    split = outputs // block * block
+    step = block * max(1, _CHUNK_BYTES // (4 * block * max(1, inputs)))
+    for first, last, size in ((0, split, block), (split, outputs, 1)):
+        for start in range(first, last, step):
+            rows = slice(start, min(start + step, last))
+            check_finite("weight", matrix[rows])
+            scores = matrix[rows].abs().float().reshape(-1, size, inputs) if inputs else matrix.new_zeros(0, size, 0)
+            yield rows, scores.float().mean(1).view(torch.int32), size
+
+
+def _turning_point(matrix: Tensor, block: int, budget: int) -> tuple[int, int]:
+    """Return the bits of the score at which ``budget`` weights run out, and how many are left for that score.
+
+    Floats that are not negative have the order of their bits, so two counts, of the upper and the lower 16, find it.
+    """
+    upper, left = _passed(((bits >> 16, size) for _, bits, size in _scores(matrix, block)), budget)
+    inside = ((bits[bits >> 16 == upper] & 0xFFFF, size) for _, bits, size in _scores(matrix, block))
+    lower, left = _passed(inside, left)
+    return min((upper << 16) + lower, 2**31 - 1), left  # above every score where all of them go
+
+
+def _passed(keys: Iterator[tuple[Tensor, int]], budget: int) -> tuple[int, int]:
+    """Return the first key of 16 bits whose weights do not fit into ``budget`` any more, and what is left before it."""
+    counts = sum(
+        (size * part.flatten().bincount(minlength=2**16).cpu() for part, size in keys), torch.zeros(2**16).long()
+    )
+    fitting = counts[counts.cumsum(0) <= budget]
+    return len(fitting), budget - int(fitting.sum())

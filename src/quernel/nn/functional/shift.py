@@ -92,6 +92,23 @@ def shift_codes(weight: Tensor, bits: int, *, channel_scale: bool = True, roundi
     return ShiftCodes(exponents, signs, torch.where(square > 0, scale, 1.0).float())
 
 
+def packed_shift_codes(
+    weight: Tensor, bits: int, *, stored: int | None = None, channel_scale: bool = True, rounding: str = "log"
+) -> tuple[Tensor, Tensor]:
+    """Return ``ShiftCodes.packed(stored)`` and the factors, some rows at a time.
+
+    Exponents, signs and float64 powers of a whole matrix would be ten times its size.
+    """
+    rows = max(1, EXPANDED_BYTES // (16 * max(1, weight.shape[1])))
+    packed = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(len(weight), device=weight.device)
+    for part, *made in zip(weight.split(rows), packed.split(rows), scale.split(rows), strict=True):
+        codes = shift_codes(part, bits, channel_scale=channel_scale, rounding=rounding)
+        made[0].copy_(codes.packed(stored or bits))
+        made[1].copy_(codes.scale)
+    return packed, scale
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:  # (out, in) uint8 -> (rows, blocks, 8 * bits) uint8
     """Pack 5- or 6-bit codes in blocks of 64, rows filled up to a multiple of four with zeros.
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._validate import check_choice, check_float, check_int
 from quernel.kernels.features.hadamard import hadamard_directions, hadamard_projection, padded_size
-from quernel.kernels.features.orthogonal import gaussian_directions, orthogonal_directions
+from quernel.kernels.features.orthogonal import PROJECTIONS, gaussian_directions, orthogonal_directions
 from quernel.kernels.features.universal import (
     best_damping,
     check_damping,
@@ -30,7 +30,6 @@ from quernel.kernels.features.universal import (
     universal_weight_features,
 )
 
-PROJECTIONS = ("gaussian", "orthogonal", "hadamard")
 Floats = NDArray[np.float64]
 
 

@@ -21,6 +21,7 @@ from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.nn._described import layer_config, layer_from_config
 from quernel.nn._running import evaluating
+from quernel.nn._stored import applied
 from quernel.nn.functional.expert_balance import expert_balance_loss
 from quernel.nn.linear.shift import ShiftLinear
 
@@ -56,9 +57,7 @@ def _example() -> dict[str, Any]:
             linear.bias.copy_(torch.linspace(-1, 1, 6))
         return MultShiftMoE.from_linear(linear, latencies=(6, 4), generator=torch.Generator().manual_seed(0))
 
-    # Which tokens go where depends on the data.
-    options = {"compile": False, "export": False}
-    return {"make": make, "input": lambda generator: (torch.randn(5, 3, 8, generator=generator),), **options}
+    return {"make": make, "input": lambda generator: (torch.randn(5, 3, 8, generator=generator),)}
 
 
 @register(
@@ -194,10 +193,13 @@ class MultShiftMoE(nn.Module):
         noisy = clean + self.noise * torch.randn_like(clean) if self.training and self.noise else clean
         weight, chosen = noisy.softmax(1).max(1)  # (T,) each
         order = chosen.argsort(stable=True)
-        first = int((chosen == 0).sum())
+        # As a number: int() would ask an exported graph for its value.
+        first: Any = (chosen == 0).sum().item()
+        torch._check(first >= 0)
+        torch._check(first <= len(tokens))
         routed = tokens[order]
         experts = ((self.mult, routed[:first]), (self.shift, routed[first:]))
-        parts = [_applied(expert, part) for expert, part in experts]
+        parts = [applied(expert, part) for expert, part in experts]
         y = torch.cat(parts)[order.argsort()]
         if self.gate == "weighted":
             y = y * weight[:, None].to(y.dtype)
@@ -318,12 +320,6 @@ def _checked_latencies(latencies: Sequence[float]) -> tuple[float, ...]:
     if len(held) != EXPERTS:
         raise QuernelError(f"latencies must hold {EXPERTS} numbers, multiplying and shifting expert; got {held}")
     return held
-
-
-def _applied(layer: nn.Module, x: Tensor) -> Tensor:
-    weight = getattr(layer, "weight", None)
-    y: Tensor = layer(x.to(weight.dtype) if isinstance(weight, Tensor) else x)
-    return y
 
 
 def _mark_stale(held: weakref.ref[_Pending]) -> None:

@@ -19,22 +19,27 @@ from quernel._registry import register
 from quernel._validate import check_finite, check_int, check_type
 from quernel.nn._int4_packing import packed_shape
 from quernel.nn._stored import StoredLinear
-from quernel.nn.functional.shift import MAX_BITS, MIN_BITS, ShiftCodes, packed_codes_shape, shift_codes
+from quernel.nn.functional.shift import MAX_BITS, MIN_BITS, ShiftCodes, packed_codes_shape, packed_shift_codes
 from quernel.nn.weights.int4 import Int4TableWeight
 from quernel.nn.weights.shift import ShiftWeight
 
 # Code of four bits -> integer: the sign above a magnitude, 0 for zero and m for 2^(m - 1).
 POWERS = (0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64)
 LARGEST = 64
+# Three bits use the upper exponents of four.
+LEAST_STORED = 4
 
 
 def shift_weight(codes: ShiftCodes, bits: int) -> Int4TableWeight | ShiftWeight:
     """Store rounded weights in the format of their number of bits."""
     check_int("bits", bits, low=MIN_BITS, high=MAX_BITS)
-    if bits > 4:
-        return ShiftWeight.from_codes(codes.packed(bits), codes.scale, bits)
-    # Three bits use the upper exponents of four.
-    return Int4TableWeight.from_codes(codes.packed(4), codes.scale / LARGEST, POWERS)
+    return _stored(codes.packed(max(bits, LEAST_STORED)), codes.scale, bits)
+
+
+def _stored(codes: Tensor, scale: Tensor, bits: int) -> Int4TableWeight | ShiftWeight:
+    if bits > LEAST_STORED:
+        return ShiftWeight.from_codes(codes, scale, bits)
+    return Int4TableWeight.from_codes(codes, scale / LARGEST, POWERS)
 
 
 def packed_bytes(shape: Sequence[int], bits: int) -> int:
@@ -122,8 +127,9 @@ class PackedShiftLinear(StoredLinear):
         if linear.weight.ndim != 2 or 0 in linear.weight.shape:
             raise QuernelError(f"linear.weight must be a non-empty matrix; got shape {tuple(linear.weight.shape)}")
         check_finite("linear.weight", linear.weight)
-        codes = shift_codes(linear.weight, bits, channel_scale=channel_scale, rounding=rounding)
-        return cls(shift_weight(codes, bits), linear.bias).train(linear.training)
+        options: dict[str, Any] = {"channel_scale": channel_scale, "rounding": rounding}
+        codes, scale = packed_shift_codes(linear.weight, bits, stored=max(bits, LEAST_STORED), **options)
+        return cls(_stored(codes, scale, bits), linear.bias).train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         """Return ``x @ W.T + bias``."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice, check_int, check_type
+from quernel.kernels.features.orthogonal import Projection
 from quernel.kernels.features.universal import spectrum_of
 from quernel.kernels.moments import Moments
 from quernel.kernels.normal_equations import LinearSolution, NormalEquations
@@ -28,7 +29,6 @@ from quernel.nn.weights._base import dtype_name
 from quernel.nn.weights.dense import DTYPES
 
 Kind = Literal["relu", "urf"]
-Projection = Literal["orthogonal", "gaussian", "hadamard"]
 Activation = str | Callable[[Tensor], Tensor] | None
 
 

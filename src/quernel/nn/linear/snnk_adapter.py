@@ -19,10 +19,11 @@ from quernel._module_tree import is_registered
 from quernel._plain_layers import is_plain_layer
 from quernel._registry import register
 from quernel._validate import check_int, check_type
+from quernel.kernels.features.orthogonal import Projection
 from quernel.nn._described import layer_config, layer_from_config
 from quernel.nn._replace import replace_module
 from quernel.nn.linear.low_rank import LowRankLinear
-from quernel.nn.linear.snnk import Kind, Projection, SNNKLinear
+from quernel.nn.linear.snnk import Kind, SNNKLinear
 from quernel.nn.weights._base import dtype_name
 from quernel.nn.weights.dense import DTYPES
 

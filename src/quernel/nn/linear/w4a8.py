@@ -23,9 +23,9 @@ from quernel.nn._int8_kernels import ACTIVATIONS
 from quernel.nn._stored import StoredLinear
 from quernel.nn.functional.activations import FUSIBLE
 from quernel.nn.functional.compensated_rounding import compensate as feed_back
-from quernel.nn.functional.dual_grained import auto_group_size, dgq_search
+from quernel.nn.functional.dual_grained import LEVELS, auto_group_size, dgq_search
 from quernel.nn.functional.int8 import MAX_FEATURES
-from quernel.nn.weights.int4 import LEVELS, Int4GroupWeight
+from quernel.nn.weights.int4 import Int4GroupWeight
 from quernel.nn.weights.int8 import keep_float32
 
 ACTS = ("token", "static", None)

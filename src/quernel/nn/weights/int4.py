@@ -17,16 +17,14 @@ from torch import Tensor
 from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice, check_finite
-from quernel.nn._int4_kernels import GROUP_SIZES
-from quernel.nn._int4_packing import CHUNK, ROWS, pack, packed_shape, unpack, unpack_rows
-from quernel.nn.functional.dual_grained import DGQWeight, auto_group_size, dgq_search
+from quernel.nn._int4_packing import CHUNK, GROUP_SIZES, ROWS, pack, packed_shape, unpack, unpack_rows
+from quernel.nn.functional.dual_grained import LEVELS, DGQWeight, auto_group_size, dgq_search
 from quernel.nn.functional.int4 import apply_int4_linear, expand_int4
 from quernel.nn.weights._base import StoredWeight
 from quernel.nn.weights.int8 import keep_float32
 
 # Rows whose products are checked at a time, in 12 bytes a weight.
 _CHECKED_ROWS = 256
-LEVELS = 127
 W = TypeVar("W", bound="Int4Weight")
 
 

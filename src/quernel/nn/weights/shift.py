@@ -19,12 +19,15 @@ from quernel.nn.functional.shift import (
     decode_codes,
     pack_codes,
     packed_codes_shape,
-    shift_codes,
+    packed_shift_codes,
     shift_linear,
     unpack_codes,
 )
 from quernel.nn.weights._base import StoredWeight
 from quernel.nn.weights.int8 import keep_float32
+
+# A multiple of the four rows that a kernel reads together.
+_PACKED_ROWS = 64
 
 
 def _example() -> dict[str, Any]:
@@ -73,8 +76,7 @@ class ShiftWeight(StoredWeight):
     def from_dense(cls, weight: Tensor, bits: int = 5, *, channel_scale: bool = True, rounding: str = "log") -> Self:
         """Round ``weight``, shape (out, in), to powers of two; options as in ``shift_codes``."""
         check_finite("weight", weight)
-        codes = shift_codes(weight, bits, channel_scale=channel_scale, rounding=rounding)
-        return cls.from_codes(codes.packed(bits), codes.scale, bits)
+        return cls.from_codes(*packed_shift_codes(weight, bits, channel_scale=channel_scale, rounding=rounding), bits)
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, bits: int = 5) -> Self:
@@ -83,7 +85,10 @@ class ShiftWeight(StoredWeight):
         if tuple(scale.shape) != new.shape[:1]:
             raise QuernelError(f"scale must have shape {new.shape[:1]}; got {tuple(scale.shape)}")
         check_finite("scale", scale)
-        new.codes, new.scale = pack_codes(codes, bits), scale.detach().float().clone()
+        # Some rows at a time: planes and shifted copies of all codes would be several times their size.
+        for part, packed in zip(codes.split(_PACKED_ROWS), new.codes.split(_PACKED_ROWS), strict=True):
+            packed.copy_(pack_codes(part, bits))
+        new.scale = scale.detach().float().clone()
         return new
 
     def unpack(self) -> Tensor:

@@ -8,7 +8,7 @@ weight, below a third of zeros nothing is saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -20,16 +20,19 @@ from quernel._validate import check_choice, check_finite, check_int, check_type
 from quernel.nn._sparse_ops import NO_LIMITS, Sparse, dense_weight, sparse_linear
 from quernel.nn._spmm import BLOCKS
 from quernel.nn.weights._base import StoredWeight
-from quernel.nn.weights.int8 import keep_float32
+from quernel.nn.weights.int8 import BLOCK_BYTES, keep_float32
 
 MAX_INPUTS = 2**16  # what 16 bits can number
 
 
-def block_pattern(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return where a matrix has nonzeros, for groups of ``block`` rows, (rows // block, in), and for rows left over."""
-    groups = len(weight) // block
-    nonzero = weight != 0
-    return nonzero[: groups * block].view(groups, block, weight.shape[1]).any(1), nonzero[groups * block :]
+def row_groups(matrix: Tensor, block: int) -> Iterator[Tensor]:
+    """Yield some rows at a time, (groups, block, in), and at the end rows that are left over, (rows, 1, in)."""
+    outputs, inputs = matrix.shape
+    split = outputs // block * block
+    step = block * max(1, BLOCK_BYTES // (4 * block * max(1, inputs)))
+    for part, size in ((matrix[:split], block), (matrix[split:], 1)):
+        for rows in part.split(step) if len(part) else ():
+            yield rows.view(len(rows) // size, size, inputs)
 
 
 def _example() -> dict[str, Any]:
@@ -123,17 +126,20 @@ class SparseWeight(StoredWeight):
         check_finite("weight", weight)
         cls(tuple(weight.shape), 0, 0, block)  # the shape is checked before any work
         matrix = weight.detach().flatten(1)
-        grouped, single = block_pattern(matrix, block)
-        pattern = torch.cat([grouped, single])
-        columns = pattern.nonzero()[:, 1]
-        split = len(grouped) * block
-        blocks = matrix[:split].view(len(grouped), block, matrix.shape[1]).transpose(1, 2)[grouped]
-        values = torch.cat([blocks.flatten(), matrix[split:][single]])
-        new = cls(tuple(weight.shape), len(values), len(columns), block)
-        new.values = values
-        new.indices = torch.where(columns > 0x7FFF, columns - MAX_INPUTS, columns).to(torch.int16)
-        counts = pattern.sum(1)
-        new.pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+        counts = [(rows != 0).any(1).sum(1) for rows in row_groups(matrix, block)]
+        pointers = torch.cat([torch.zeros(1, dtype=torch.int64, device=matrix.device), *counts]).cumsum(0)
+        indices = int(pointers[-1])
+        shared = int(pointers[len(matrix) // block])
+        new = cls(tuple(weight.shape), indices + (block - 1) * shared, indices, block).to(weight.device)
+        new.pointers = pointers.to(torch.int32)
+        value = index = 0
+        for rows in row_groups(matrix, block):
+            pattern = (rows != 0).any(1)
+            columns = pattern.nonzero()[:, 1]
+            values = rows.transpose(1, 2)[pattern].flatten()
+            new.values[value : value + len(values)] = values
+            new.indices[index : index + len(columns)] = torch.where(columns > 0x7FFF, columns - MAX_INPUTS, columns)
+            value, index = value + len(values), index + len(columns)
         return new
 
     @property
