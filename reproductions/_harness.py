@@ -37,9 +37,9 @@ machine raises ``Void(reason)``: nothing is recorded and the script exits with 4
 shows its traceback. A verdict of any kind exits with 0.
 
 Options: ``--json`` prints the rows of the ledger as JSON on the last line (an object if there is one row, else
-an array; nothing else is on that line), ``--write`` upserts them into ``claims.toml`` and, after a complete
-run, drops rows that the script no longer declares, ``--only NAME`` (repeatable) runs some claims, ``--list``
-prints what is declared.
+an array; nothing else is on that line), ``--write`` upserts each into ``claims.toml`` as soon as it is measured and,
+after a complete run, drops rows that the script no longer declares, ``--only NAME`` (repeatable) runs some claims,
+``--list`` prints what is declared.
 """
 
 from __future__ import annotations
@@ -224,6 +224,8 @@ class Reproduction:
         for declared in chosen:
             try:
                 measured.append(self._measure(declared))
+                if options.write:  # at once: the next claim may take as long as this one did
+                    _claims.upsert_claim(measured[-1], options.claims)
             except (DataError, MissingExtraError) as error:
                 missing.append(f"[{declared.name}] missing: {error}")
             except Void as error:
@@ -231,8 +233,8 @@ class Reproduction:
         _print_summary(measured)
         for line in missing + void:
             print(line, file=sys.stderr)
-        if options.write:
-            self._write(measured, options.claims, complete=len(measured) == len(self.declared))
+        if options.write and len(measured) == len(self.declared):
+            _claims.keep_claims(self.slug, frozenset(d.claim for d in self.declared.values()), options.claims)
         if options.json:
             rows = [claim.to_json() for claim in measured]
             print(json.dumps(rows[0] if len(rows) == 1 else rows, allow_nan=False), flush=True)
@@ -279,12 +281,6 @@ class Reproduction:
         )
         _print_claim(declared, measured, outcomes, cpu)
         return measured
-
-    def _write(self, measured: Sequence[_claims.Claim], ledger: Path | None, *, complete: bool) -> None:
-        for claim in measured:
-            _claims.upsert_claim(claim, ledger)
-        if complete:
-            _claims.keep_claims(self.slug, frozenset(d.claim for d in self.declared.values()), ledger)
 
 
 def _print_claim(declared: Declared, measured: _claims.Claim, outcomes: Sequence[Outcome], cpu: float) -> None:
