@@ -7,6 +7,11 @@ classifier is trained on Fashion-MNIST both ways, and one-way filters are fitted
 
 Every kind is trained equally long, at the best of the same learning rates: short runs with a seed of their own choose
 it, judged on trajectories or images that no run trains on and no claim is judged on.
+
+What does not hold: the factorised net is below the narrow one on two of three seeds only; its best rate is ten times
+the dense net's, and its results scatter more.  It does not overfit less: with as many steps on 30 trajectories the gap
+is 1.17 times the dense net's, and neither net has memorised them.  On a trained ResNet-20, filters fitted without data
+cost 1.9 points at a fifth fewer parameters; at 6 % fewer, 0.05.
 """
 
 from __future__ import annotations

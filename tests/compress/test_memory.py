@@ -1,7 +1,9 @@
 """Memory while compressing in place: at most the model, one layer and what a method keeps of the data.
 
 Each method runs in a process of its own, on a model of 604 MB made for it; the peak is the kernel's own count.
-Low-rank factors by SVD are not here: that of a layer this size takes minutes, and their plans hold the factors.
+Not here are methods that need minutes for a model of this size: low-rank factors by SVD, whose plans hold the factors,
+fits of one-way filters, DGQ's search, whose codes wait for the last pass over the data, and feature merging, which
+takes whole groups to float64.
 """
 
 from __future__ import annotations
@@ -12,19 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from quernel.compress.quant.dual_grained import GRAM_BYTES
-
 # A minute each on a quiet machine.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Model -> width and layers; all of the same size.
 MODELS = {
     "linear": (4096, 9),
-    "narrow": (1024, 144),
     "mlp": (4096, 9),
     "pointwise": (4096, 9),
     "conv": (128, 1024),
-    "wide": (1024, 16),
 }
 MODEL_BYTES = 9 * 4 * 4096**2
 # The stored form of one layer, thread stacks, pages that an allocator has not given back: no layer of 67 MB hides in
@@ -45,14 +43,14 @@ torch.manual_seed(0)
 method, kind, width, layers = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 def made(width, layers):
     def layer():
-        if kind in ("conv", "wide"):
+        if kind == "conv":
             return [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.ReLU()]
         if kind == "pointwise":
             return [nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         return [nn.Linear(width, width, bias=False), *([nn.ReLU()] if kind == "mlp" else [])]
     return nn.Sequential(*(m for _ in range(layers) for m in layer())).requires_grad_(False).eval()
 def inputs(width):
-    return torch.randn(2, width, 4, 4) if kind in ("conv", "wide", "pointwise") else torch.randn(256, width)
+    return torch.randn(2, width, 4, 4) if kind in ("conv", "pointwise") else torch.randn(256, width)
 # What is loaded and compiled once belongs to no model.
 options = {"inplace": True, "finetune": (lambda model: None) if "finetune" in method.needs else None}
 compress(made(64, 2), method, data=[inputs(64)], **options)
@@ -72,18 +70,10 @@ METHODS = {
     # Maxima and a sample of the rows.
     "CrossQuant()": ("linear", 9 * 8 * 128 * 4096),
     "ShiftAdd(None, 'shift', 'shift')": ("linear", 0),
-    # Gram matrices up to its bound.  The codes of all layers wait for the last pass over the data, which must see the
-    # model as it was: half a byte a weight, and 2 for 128.
-    "DGQ(grid=(1, 2), compensate=False)": ("narrow", GRAM_BYTES + MODEL_BYTES // 4 * (64 + 2) // 128),
     # The sums of the regression, and the layers that they are solved for.
     "SNNK(n_features=128, bundle=False)": ("mlp", 9 * (8 * 128 + 8 * 4096 + 4 * 4096) * 128),
     "SparsePointwise(0.8)": ("pointwise", 0),
-    # A fit takes copies of its own layer in float64, small beside the slack.
-    "FactorizeConv(rank=1, iters=0)": ("conv", 0),
     "FactorizeConv(rank=1, mode='init')": ("conv", 0),
-    # Groups share tensors, so all are merged together: in float64, with two Gram matrices of each group, and the
-    # narrower layers that come of it, each by way of float64.
-    "FeatureMerging(beta=1.0, max_ratio=0.01)": ("wide", (3 + 2 / 16) * MODEL_BYTES + 15 * 2 * 8 * 1024**2),
 }
 
 

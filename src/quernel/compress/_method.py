@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -201,6 +202,9 @@ class PerModuleMethod(Method):
 
     def apply(self, model: nn.Module, plan: Plan) -> None:
         """Convert and put in one module after the other; tied weights stay tied where their storage is alike."""
+        names = [layer.name for layer in plan.layers if not layer.skipped]
+        uses = Counter(id(getattr(model.get_submodule(name), "weight", None)) for name in names)
+        # Of tied weights only: what is kept here lives until the last layer is converted.
         stored: dict[nn.Parameter, nn.Module] = {}
         for layer in plan.layers:
             if layer.skipped:
@@ -208,7 +212,7 @@ class PerModuleMethod(Method):
             module = model.get_submodule(layer.name)
             new = self.convert(module, plan.payload.get(layer.name), layer)
             weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and isinstance(new.weight, nn.Module):
+            if isinstance(weight, nn.Parameter) and uses[id(weight)] > 1 and isinstance(new.weight, nn.Module):
                 first = stored.setdefault(weight, new.weight)
                 if type(first) is type(new.weight):
                     new.weight = first
