@@ -49,7 +49,7 @@ def combinations(
     largest: int = 3,
     most: int = 12,
 ) -> list[Candidate]:
-    """Return the most promising untried unions of points, smallest first.
+    """Return the most promising untried unions of points.
 
     A union uses each stage once, or by two methods of which the first reaches fewer kinds of layers and leaves the
     others to the second: linear layers by a calibrated method, then embeddings by rounding.
@@ -58,10 +58,12 @@ def combinations(
     may still save bytes beside it. Parts that save nothing are left out.
 
     The prediction is plain: shares of the bytes multiply, losses of the metric add up. Unions predicted to
-    lose more than ``drop`` are left out, and of the others the ``most`` with the fewest bytes are taken.
+    lose more than ``drop`` are left out. Of the others come first those that none is predicted to beat in both, then
+    those that only these beat, and so on, each from the fewest bytes on; the last one that there is room for is
+    sampled evenly.
     """
     seen = {_names(c) for c in tried}
-    found: list[tuple[float, Candidate]] = []
+    found: list[tuple[float, float, Candidate]] = []
     kinds = {_kind(point.candidate) for point in points}
     alike = [[p for p in points if _kind(p.candidate) == kind] for kind in sorted(kinds)]
     best = [
@@ -77,10 +79,31 @@ def combinations(
             if not all(map(_leaves_work, candidate, candidate[1:])) or _names(candidate) in seen:
                 continue
             seen.add(_names(candidate))
-            if drop is None or sum(_loss(point, whole) for point in group) <= drop:
-                found.append((math.prod(point.bytes / whole.bytes for point in group), candidate))
-    found.sort(key=lambda pair: pair[0])
-    return [candidate for _, candidate in found[:most]]
+            loss = sum(_loss(point, whole) for point in group)
+            if drop is None or loss <= drop:
+                found.append((math.prod(point.bytes / whole.bytes for point in group), loss, candidate))
+    return _by_fronts(found, most)
+
+
+def _by_fronts(predicted: Sequence[tuple[float, float, Candidate]], most: int) -> list[Candidate]:
+    """Choose among (share, loss, candidate): whole fronts, peeled off one after the other, while there is room."""
+    chosen: list[Candidate] = []
+    rest = sorted(predicted, key=lambda p: p[:2])
+    while rest and len(chosen) < most:
+        best: list[Candidate] = []
+        beaten, least = [], math.inf
+        for point in rest:
+            if point[1] < least:
+                least = point[1]
+                best.append(point[2])
+            else:
+                beaten.append(point)
+        room = most - len(chosen)
+        if len(best) > room:
+            best = [best[(len(best) - 1) * i // max(1, room - 1)] for i in range(room)]
+        chosen += best
+        rest = beaten
+    return chosen
 
 
 def _kind(candidate: Candidate) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -174,8 +174,8 @@ def search(
         Runs the trials; anything with ``submit(fn, *args)`` whose return value has ``result()``.
         Latency is always timed here, one model at a time.
     max_combinations : int, default=12
-        How many pairs and triples of methods are tried after the single ones: those with the fewest
-        predicted bytes whose predicted drop is within the budget.
+        How many pairs and triples of methods are tried after the single ones: those whose predicted drop is within
+        the budget and that others are not predicted to beat in both bytes and metric.
 
     Returns
     -------
