@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quernel import data
 from quernel.hashing import fastrange, mix64
-from quernel.nn import RobeEmbeddingBag
+from quernel.nn import RobeArray, RobeEmbeddingBag
 
 DIM, FIELDS, BATCH, EPOCHS = 16, 26, 512, 5
 # The eight columns of most values as they are, and their largest crosses of two and of three.
@@ -148,7 +148,8 @@ def embedding_of(kind: str, ratio: int, block: int, seed: int) -> nn.Module:
         return HashedRows(sizes, numbers, seed)
     if kind == "qr":
         return QuotientRemainder(sizes, numbers, seed)
-    return RobeEmbeddingBag(sizes, DIM, size=numbers, block=block, mode=None)
+    memory = RobeArray(numbers, seed=seed, bound=max(sizes) ** -0.5)
+    return RobeEmbeddingBag(sizes, DIM, memory=memory, block=block, mode=None)
 
 
 @torch.no_grad()

@@ -29,6 +29,8 @@ VALIDATION = 0.2
 EPOCHS = {"adult": 6, "phishing": 25, "mnist-halves": 8}
 TUNING_SEED = 99
 RATES = (1e-3, 3e-3)
+# What the sketch gets: steps of its student and passes that tune its table. Small students and pruning get as much.
+DISTILLING_STEPS, TABLE_EPOCHS = 3000, 10
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,29 @@ def train(
     return net.eval()
 
 
+def peer_epochs(name: str, rows: int) -> int:
+    """Return the passes of a peer: never fewer steps than the sketch is given."""
+    return max(EPOCHS[name], -(-DISTILLING_STEPS * BATCH // rows) + TABLE_EPOCHS)
+
+
 @functools.cache
+def teacher_rate(name: str) -> float:
+    """Return the learning rate of the teacher that is best on validation rows."""
+    held = tuning_task(name)
+    return max(RATES, key=lambda rate: accuracy(_teacher(name, TUNING_SEED, rate), held))
+
+
 def teacher(name: str, seed: int) -> nn.Sequential:
     """Return the trained network d-512-256-1."""
+    return _teacher(name, seed, teacher_rate(name))
+
+
+@functools.cache
+def _teacher(name: str, seed: int, rate: float) -> nn.Sequential:
     held = part(name, seed)
     net = mlp(held.x.shape[1], 512, 256, 1, seed=seed)
     return train(  # type: ignore[return-value]
-        net, held.x, held.y, F.binary_cross_entropy_with_logits, epochs=EPOCHS[name], rate=1e-3, seed=seed
+        net, held.x, held.y, F.binary_cross_entropy_with_logits, epochs=EPOCHS[name], rate=rate, seed=seed
     )
 
 
@@ -137,7 +155,7 @@ def pruned(name: str, seed: int, rate: float, budget: int) -> nn.Module:
     held, net = part(name, seed), copy.deepcopy(teacher(name, seed))
     weights = [m.weight for m in net if isinstance(m, nn.Linear)]
     total = sum(w.numel() for w in weights)
-    epochs = EPOCHS[name]
+    epochs = peer_epochs(name, len(held.x))
     steps = epochs * -(-len(held.x) // BATCH)
     # A stored weight takes six bytes, its value and its place; the rest is biases and row pointers.
     empty = unique_bytes(_sparse(mlp_of_zeros(net)))
@@ -178,7 +196,7 @@ class Student:
         net = mlp(held.x.shape[1], *[width] * self.depth, 1, seed=seed)
         loss = F.binary_cross_entropy_with_logits if self.targets == "labels" else F.mse_loss
         targets = held.y if self.targets == "labels" else logits(name, seed)
-        train(net, held.x, targets, loss, epochs=EPOCHS[name], rate=self.rate, seed=seed)
+        train(net, held.x, targets, loss, epochs=peer_epochs(name, len(held.x)), rate=self.rate, seed=seed)
         return compress(net, WeightInt8()).model if self.bits == 8 else net
 
     def width(self, inputs: int, budget: int) -> int:

@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 from _harness import Outcome, Reproduction, at_least, at_most
 from _tabular_nets import (
+    DISTILLING_STEPS,
+    TABLE_EPOCHS,
     TUNING_SEED,
     accuracy,
     best_pruning_rate,
@@ -26,7 +28,9 @@ from quernel.sketch import RACE
 
 representer = Reproduction("representer-sketch", paper="2106.11426")
 
-SKETCH = RepresenterSketch(learning_rate=1e-2, finetune_epochs=10, finetune_rate=0.05, bits=8)
+SKETCH = RepresenterSketch(
+    n_steps=DISTILLING_STEPS, learning_rate=1e-2, finetune_epochs=TABLE_EPOCHS, finetune_rate=0.05, bits=8
+)
 # From wide kernels to local ones; the more local, the less of a penalty leaves the student free.
 GRID = (
     {"width": 8.0, "n_concat": 1, "l1": 1e-4},
