@@ -120,6 +120,60 @@ class _LSHMachine(SavedEstimator, BaseEstimator):
         return cast(Floats, scores.numpy().astype(x.dtype, copy=False))
 
 
+class ScoreRegressor(RegressorMixin):
+    """Regression by scores: a subclass trains on targets (n, q) in ``_train`` and gives scores in ``_scores``."""
+
+    single_target_: bool
+
+    def __sklearn_tags__(self) -> Any:
+        tags: Any = cast(Any, super()).__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        """Fit rows ``X``, shape (n, d), to targets ``y``, shape (n,) or (n, q), e.g. the logits of a teacher."""
+        self.check_params()
+        x, targets = validate_data(self, X, y, dtype=FLOATS, y_numeric=True, multi_output=True)
+        self.single_target_ = targets.ndim == 1
+        self._train(x, targets.reshape(len(targets), -1).astype(x.dtype), "squared")
+        return self
+
+    def predict(self, X: ArrayLike) -> Floats:
+        """Return predictions, shape (n,) or (n, q)."""
+        scores = self._scores(X)
+        return scores[:, 0] if self.single_target_ else scores
+
+
+class ScoreClassifier(ClassifierMixin):
+    """Classification by scores: a subclass trains on class numbers in ``_train`` and gives scores in ``_scores``."""
+
+    classes_: NDArray[Any]
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        """Fit rows ``X``, shape (n, d), to labels ``y``, shape (n,)."""
+        self.check_params()
+        x, labels = validate_data(self, X, y, dtype=FLOATS)
+        check_classification_targets(labels)
+        self.classes_, places = np.unique(column_or_1d(labels, warn=True), return_inverse=True)
+        if len(self.classes_) < 2:
+            raise QuernelError(f"y must hold at least two classes; got 1 class, {self.classes_[0]!r}")
+        self._train(x, places.astype(np.int64), "logistic")
+        return self
+
+    def decision_function(self, X: ArrayLike) -> Floats:
+        """Return scores, shape (n,) for two classes, else (n, k)."""
+        return difference_of_two(self._scores(X))
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Return the class of the largest score, shape (n,)."""
+        places = self._scores(X).argmax(1)
+        return self.classes_[places]
+
+    def predict_proba(self, X: ArrayLike) -> Floats:
+        """Return probabilities of the classes, shape (n, k)."""
+        return cast(Floats, torch.from_numpy(self._scores(X)).softmax(1).numpy())
+
+
 @register(
     "representer-sketch",
     pillar="kernels",
@@ -129,7 +183,7 @@ class _LSHMachine(SavedEstimator, BaseEstimator):
     headline=False,
     example=lambda: _example_with(LSHKernelMachine),
 )
-class LSHKernelMachine(RegressorMixin, _LSHMachine):
+class LSHKernelMachine(ScoreRegressor, _LSHMachine):
     """Regression by trained anchors under an LSH kernel: what a count sketch can stand in for.
 
     Parameters
@@ -171,24 +225,6 @@ class LSHKernelMachine(RegressorMixin, _LSHMachine):
 
     _state: ClassVar[Mapping[str, str]] = {**_LSHMachine._state, "single_target_": "flag"}
 
-    def __sklearn_tags__(self) -> Any:
-        tags: Any = cast(Any, super()).__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
-
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Fit rows ``X``, shape (n, d), to targets ``y``, shape (n,) or (n, q), e.g. the logits of a teacher."""
-        self.check_params()
-        x, targets = validate_data(self, X, y, dtype=FLOATS, y_numeric=True, multi_output=True)
-        self.single_target_ = targets.ndim == 1
-        self._train(x, targets.reshape(len(targets), -1).astype(x.dtype), "squared")
-        return self
-
-    def predict(self, X: ArrayLike) -> Floats:
-        """Return predictions by the exact kernel, shape (n,) or (n, q)."""
-        scores = self._scores(X)
-        return scores[:, 0] if self.single_target_ else scores
-
 
 @register(
     "representer-sketch",
@@ -199,7 +235,7 @@ class LSHKernelMachine(RegressorMixin, _LSHMachine):
     headline=False,
     example=lambda: _example_with(LSHKernelClassifier),
 )
-class LSHKernelClassifier(ClassifierMixin, _LSHMachine):
+class LSHKernelClassifier(ScoreClassifier, _LSHMachine):
     """Classification by trained anchors under an LSH kernel, one score a class, cross-entropy loss.
 
     Parameters
@@ -222,30 +258,6 @@ class LSHKernelClassifier(ClassifierMixin, _LSHMachine):
     """
 
     _state: ClassVar[Mapping[str, str]] = {**_LSHMachine._state, "classes_": "labels q"}
-
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Fit rows ``X``, shape (n, d), to labels ``y``, shape (n,)."""
-        self.check_params()
-        x, labels = validate_data(self, X, y, dtype=FLOATS)
-        check_classification_targets(labels)
-        self.classes_, places = np.unique(column_or_1d(labels, warn=True), return_inverse=True)
-        if len(self.classes_) < 2:
-            raise QuernelError(f"y must hold at least two classes; got 1 class, {self.classes_[0]!r}")
-        self._train(x, places.astype(np.int64), "logistic")
-        return self
-
-    def decision_function(self, X: ArrayLike) -> Floats:
-        """Return scores, shape (n,) for two classes, else (n, k)."""
-        return difference_of_two(self._scores(X))
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the class of the largest score, shape (n,)."""
-        places = self._scores(X).argmax(1)
-        return self.classes_[places]
-
-    def predict_proba(self, X: ArrayLike) -> Floats:
-        """Return probabilities of the classes, shape (n, k)."""
-        return cast(Floats, torch.from_numpy(self._scores(X)).softmax(1).numpy())
 
 
 def difference_of_two(scores: Floats) -> Floats:

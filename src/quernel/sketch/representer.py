@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
@@ -27,7 +26,7 @@ from quernel.hashing._fused_cells import Projection
 from quernel.kernels._machine_training import Loss, Settings, train_machine
 from quernel.kernels._random_features import FLOATS, Floats
 from quernel.kernels._sketched_machine import STORED, Cells, Predictor, round_table, sketch_machine, tune_table
-from quernel.kernels.lsh_kernel_machine import difference_of_two
+from quernel.kernels.lsh_kernel_machine import ScoreClassifier, ScoreRegressor
 
 
 def _example_with(cls: type[_Representer]) -> dict[str, Any]:
@@ -137,6 +136,8 @@ class _Representer(SavedEstimator, BaseEstimator):
         draw = generator(self.random_state)
         self.hash_seed_ = int(draw.integers(2**63))
         cells = self._cells(self.hash_seed_)
+        # Tables are float32, whatever the rows are.
+        y = y.astype(np.float32) if loss == "squared" else y
         rows, targets = torch.from_numpy(np.array(x, np.float32)), torch.from_numpy(np.ascontiguousarray(y))
         machine = train_machine(rows, targets, self.settings, draw, loss)
         self.projection_, self.shift_ = machine.projection.numpy(), machine.shift.numpy()
@@ -173,7 +174,7 @@ class _Representer(SavedEstimator, BaseEstimator):
     headline=False,
     example=lambda: _example_with(RepresenterRegressor),
 )
-class RepresenterRegressor(RegressorMixin, _Representer):
+class RepresenterRegressor(ScoreRegressor, _Representer):
     """Regression that is answered by a few hundred array look-ups.
 
     Parameters
@@ -218,24 +219,6 @@ class RepresenterRegressor(RegressorMixin, _Representer):
 
     _state: ClassVar[Mapping[str, str]] = {**_Representer._state, "single_target_": "flag"}
 
-    def __sklearn_tags__(self) -> Any:
-        tags: Any = cast(Any, super()).__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
-
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Fit rows ``X``, shape (n, d), to targets ``y``, shape (n,) or (n, q), e.g. the logits of a teacher."""
-        self.check_params()
-        x, targets = validate_data(self, X, y, dtype=FLOATS, y_numeric=True, multi_output=True)
-        self.single_target_ = targets.ndim == 1
-        self._train(x, targets.reshape(len(targets), -1).astype(np.float32), "squared")
-        return self
-
-    def predict(self, X: ArrayLike) -> Floats:
-        """Return predictions, shape (n,) or (n, q)."""
-        scores = self._scores(X)
-        return scores[:, 0] if self.single_target_ else scores
-
 
 @register(
     "representer-sketch",
@@ -246,7 +229,7 @@ class RepresenterRegressor(RegressorMixin, _Representer):
     headline=False,
     example=lambda: _example_with(RepresenterClassifier),
 )
-class RepresenterClassifier(ClassifierMixin, _Representer):
+class RepresenterClassifier(ScoreClassifier, _Representer):
     """Classification that is answered by a few hundred array look-ups, one score a class.
 
     Parameters
@@ -270,27 +253,3 @@ class RepresenterClassifier(ClassifierMixin, _Representer):
     """
 
     _state: ClassVar[Mapping[str, str]] = {**_Representer._state, "classes_": "labels q"}
-
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Fit rows ``X``, shape (n, d), to labels ``y``, shape (n,)."""
-        self.check_params()
-        x, labels = validate_data(self, X, y, dtype=FLOATS)
-        check_classification_targets(labels)
-        self.classes_, places = np.unique(column_or_1d(labels, warn=True), return_inverse=True)
-        if len(self.classes_) < 2:
-            raise QuernelError(f"y must hold at least two classes; got 1 class, {self.classes_[0]!r}")
-        self._train(x, places.astype(np.int64), "logistic")
-        return self
-
-    def decision_function(self, X: ArrayLike) -> Floats:
-        """Return scores, shape (n,) for two classes, else (n, k)."""
-        return difference_of_two(self._scores(X))
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the class of the largest score, shape (n,)."""
-        places = self._scores(X).argmax(1)
-        return self.classes_[places]
-
-    def predict_proba(self, X: ArrayLike) -> Floats:
-        """Return probabilities of the classes, shape (n, k)."""
-        return cast(Floats, torch.from_numpy(self._scores(X)).softmax(1).numpy())
