@@ -165,6 +165,7 @@ def split_arrays(name: str, sets: Sets) -> dict[str, np.ndarray]:
         "10 times faster than a sparse product",
         "built faster than pynndescent on 10,000 sets",
     ),
+    seeds=(0, 1),
 )
 def sets(seed: int) -> Outcome:
     draw = np.random.default_rng(seed)
@@ -232,6 +233,7 @@ def shared(ids: np.ndarray, truth: np.ndarray) -> float:
     baseline="faiss IVF316, nprobe=4, ten answers",
     rule=at_least(94.0),
     checks=("99 % after rerank=400",),
+    seeds=(0, 1),
 )
 def control(seed: int) -> Outcome:
     draw = np.random.default_rng(seed)

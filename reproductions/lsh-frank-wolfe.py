@@ -1,7 +1,7 @@
 """Reproduce LSH Frank-Wolfe (arXiv 2111.15139) on a laptop: mean matching, sparse coding, growth, herding, a policy.
 
 The paper has no experiments; what is measured is its claim that steps cost less than a scan, at the same certified gap.
-All times are of one thread, the scan's with NumPy's BLAS in float32.
+All times are of one thread. The scan's are NumPy's with BLAS in float32, and never more than its bare products take.
 
 What does not hold, and why: sparse coding needs about 2.5 times the steps of exact scans, not 2. Its solutions lie on a
 face of the hull, where the gradient stands at nearly a right angle to everything left to gain; the index then answers
@@ -101,6 +101,11 @@ def matched(atoms: problems.Vectors, seed: int) -> Outcome:
         results[name] = solved(model, targets, values)
     steps = {name: sum(f["steps"] for f in found) for name, (found, _) in results.items()}
     seconds = {name: total for name, (_, total) in results.items()}
+    bare = bare_scan_ms(atoms)
+    notes = [
+        f"a bare product takes {bare:.2f} ms, a step of the exact solver {1e3 * seconds['scan'] / steps['scan']:.2f} ms"
+    ]
+    seconds["scan"] = min(seconds["scan"], 1e-3 * bare * steps["scan"])
     checks = {
         "both certify every gap": all(f["certified"] for found, _ in results.values() for f in found),
         "at most 2 times the steps": steps["index"] <= 2 * steps["scan"],
@@ -110,13 +115,11 @@ def matched(atoms: problems.Vectors, seed: int) -> Outcome:
         {"oracle": name} | {key: float(np.mean([f[key] for f in found])) for key in found[0]} | {"seconds": total}
         for name, (found, total) in results.items()
     ]
-    notes = [
+    notes.append(
         f"index built in {build:.2f} s, {index.nbytes / 2**20:.0f} MiB; {steps['index']} steps, scan {steps['scan']}"
-    ]
+    )
     per_step = [1e3 * seconds[name] / steps[name] for name in ("index", "scan")]
-    bare = bare_scan_ms(atoms)
-    notes.append(f"a bare product takes {bare:.2f} ms, a step of the exact solver {per_step[1]:.2f} ms")
-    return Outcome(per_step[0], min(per_step[1], bare), checks, rows, notes)
+    return Outcome(*per_step, checks, rows, notes)
 
 
 MATCHING_CHECKS = (
@@ -165,7 +168,7 @@ def clusters(seed: int) -> Outcome:
     baseline="NumPy scan",
     rule=at_least(3.0, of="baseline / ours", partly=1.5),
     checks=("both certify the gap", "at most 2 times the iterations"),
-    seeds=(0,),
+    seeds=(0, 1, 2),
 )
 def sparse_coding(seed: int) -> Outcome:
     warm()
@@ -186,6 +189,7 @@ def sparse_coding(seed: int) -> Outcome:
         steps[name] = float(np.mean([f["steps"] for f in found]))
         certified = certified and all(f["certified"] for f in found)
     batched = _scan_for_all(atoms, targets, steps["scan"])
+    totals["scan"] = min(totals["scan"], 1e-3 * bare_scan_ms(atoms) * steps["scan"] * len(targets))
     checks = {
         "both certify the gap": certified,
         "at most 2 times the iterations": steps["index"] <= 2 * steps["scan"],
@@ -291,7 +295,7 @@ def herding(seed: int) -> Outcome:
     baseline="exact herding",
     rule=at_least(5.0, of="baseline / ours", partly=2.0),
     checks=("discrepancy at most 1.1 times that of exact herding",),
-    seeds=(0,),
+    seeds=(0, 1),
 )
 def herding_speed(seed: int) -> Outcome:
     warm()
@@ -327,7 +331,7 @@ def herding_speed(seed: int) -> Outcome:
     data="generated",
     metric="reward in fresh states, 100 at most",
     baseline="exact argmax",
-    rule=at_least(-2.0, of="ours - baseline"),
+    rule=at_least(0.98, of="ours / baseline"),
     checks=("an argmax at least 10 times faster, 256 states at a time",),
     seeds=(0, 1, 2),
 )

@@ -8,6 +8,7 @@ and attends to the last W; the model against the model runs perceptrons and the 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,9 @@ from quernel.models import PairConnectLM
 from quernel.nn import PairConnect, PairTable
 from quernel.nn._pair_ops import pair_rows
 
-VOCAB, ROWS, HEADS, STREAMS = 8192, 1_000_000, 8, 64
+VOCAB, ROWS, HEADS = 8192, 1_000_000, 8
+# So many that the rows of one pass, 2^16 W of them for the ids, are read from memory and not from a cache.
+STATES, IDS = 4096, 2**16
 # Reads that miss every cache: a line in about 100 ns, of which a core has about 16 under way at a time.
 LINE_NS, LINES_AT_ONCE, LINE = 100.0, 16, 64
 
@@ -66,16 +69,18 @@ class CachedTransformer(nn.Module):
         return self.norms[-1](x) @ self.embed.weight.T
 
 
+def drawn(batch: int, window: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+    """Return endless states, each (batch, window), and ids, each (batch,)."""
+    states = torch.randint(0, VOCAB, (STATES, batch, window), dtype=torch.int32)
+    return itertools.cycle(states.unbind()), itertools.cycle(torch.randint(0, VOCAB, (IDS, batch)).unbind())
+
+
 def layers(dim: int, window: int, batch: int, storage: str = "dense") -> SimpleNamespace:
     torch.manual_seed(0)
     table = PairTable(ROWS, dim, vocab=VOCAB, storage=storage)  # type: ignore[arg-type]
     made = SimpleNamespace(ours=PairConnect(table, window, 8).eval(), dim=dim, window=window, batch=batch)
     made.width = 2 if storage == "bf16" else 4
-    states = torch.randint(0, VOCAB, (STREAMS, batch, window), dtype=torch.int32)
-    made.states, made.next = (
-        itertools.cycle(list(states)),
-        itertools.cycle(list(torch.randint(0, VOCAB, (STREAMS, batch)))),
-    )
+    made.states, made.next = drawn(batch, window)
     made.stream = made.ours.stream(batch)
     made.attention = CachedAttention(dim, window, batch).eval()
     made.half = CachedAttention(dim, window, batch).eval().bfloat16()
@@ -135,11 +140,7 @@ def models(dim: int, window: int, batch: int) -> SimpleNamespace:
     made.ours = PairConnectLM(VOCAB, dim, 2, window, ROWS).eval()
     made.stream = made.ours.stream(batch)
     made.transformer = CachedTransformer(dim, window, batch, 2).eval()
-    states = torch.randint(0, VOCAB, (STREAMS, batch, window), dtype=torch.int32)
-    made.states, made.next = (
-        itertools.cycle(list(states)),
-        itertools.cycle(list(torch.randint(0, VOCAB, (STREAMS, batch)))),
-    )
+    made.states, made.next = drawn(batch, window)
     return made
 
 

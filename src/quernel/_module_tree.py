@@ -24,7 +24,7 @@ from quernel._registry import resolve_class
 Signature = dict[str, tuple[str, str]]
 _registration_lock = threading.Lock()
 # Contracts of modules that a method puts in: a file describes them whole. A model is an architecture of its own.
-_INSERTED = ("module", "weight")
+_INSERTED = ("module", "mixer", "weight")
 
 
 def signature(model: nn.Module) -> Signature:

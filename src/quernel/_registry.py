@@ -19,7 +19,9 @@ from quernel._errors import FormatError, QuernelError
 
 Registered = TypeVar("Registered", bound=type)
 
-CONTRACTS = ("module", "weight", "method", "model", "estimator", "index", "sketch", "cache", "trainer", "diagnostic")
+CONTRACTS = (
+    "module", "mixer", "weight", "method", "model", "estimator", "index", "sketch", "cache", "trainer", "diagnostic",
+)  # fmt: skip
 STATUSES = ("stable", "experimental")
 
 

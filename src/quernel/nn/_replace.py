@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from quernel._errors import QuernelError
@@ -39,3 +41,47 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     for alias in names_of(model, old):
         parent, _, child = alias.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
+
+
+def replace_modules(
+    model: nn.Module,
+    match: type[nn.Module] | Callable[[str, nn.Module], bool],
+    factory: Callable[[nn.Module], nn.Module],
+) -> list[str]:
+    """Put new modules in the place of all that match, such as token mixers in an existing network.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Edited in place.
+    match : type or callable (name, module) -> bool
+        Which to replace.  Nothing is sought inside a module that matches.
+    factory : callable (module) -> module
+        Makes the new module from the old one; a module known by several names is replaced once.
+
+    Returns
+    -------
+    names : list of str
+        What was replaced, each by its first name.
+
+    Raises
+    ------
+    QuernelError
+        If nothing matches, or the model itself does.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.ReLU())
+    >>> replace_modules(net, nn.Conv2d, lambda old: nn.Conv2d(8, 8, 3, padding=1, groups=8))
+    ['0']
+    """
+    names: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if not inside and (isinstance(module, match) if isinstance(match, type) else match(name, module)):
+            names.append(name)
+    if not names:
+        raise QuernelError(f"match finds nothing in {type(model).__name__}. List model.named_modules() and match those")
+    for name in names:
+        replace_module(model, name, factory(model.get_submodule(name) if name else model))
+    return names

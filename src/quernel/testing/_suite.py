@@ -18,6 +18,7 @@ SUITES = {
     "estimator": ".estimators",
     "index": ".indexes",
     "method": ".methods",
+    "mixer": ".mixers",
     "model": ".modules",
     "module": ".modules",
     "sketch": ".sketches",

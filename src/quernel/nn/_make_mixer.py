@@ -1,0 +1,47 @@
+"""``make_mixer``: a token mixer by the name of its system or of its class, as the registry has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quernel._errors import QuernelError
+from quernel._registry import catalogue
+from quernel._validate import check_type
+from quernel.nn._mixer import Mixer
+
+
+def mixer_names() -> list[str]:
+    """Return the names of the systems that have token mixers."""
+    return sorted({entry.slug for entry in catalogue() if entry.contract == "mixer"})
+
+
+def make_mixer(name: str, dim: int, **options: Any) -> Mixer:
+    """Build a token mixer.
+
+    Parameters
+    ----------
+    name : str
+        Of the system (its headline mixer) or of a class, e.g. ``"softmax-attention"`` or ``"SoftmaxAttention"``.
+    dim : int
+        Channels.
+    **options
+        As in the class.
+
+    Raises
+    ------
+    QuernelError
+        If no mixer has this name.
+
+    Examples
+    --------
+    >>> make_mixer("softmax-attention", 64, num_heads=4)  # doctest: +ELLIPSIS
+    SoftmaxAttention(...
+    """
+    check_type("name", name, str)
+    entries = [entry for entry in catalogue() if entry.contract == "mixer"]
+    # Of a system's mixers the headline comes first.
+    for entry in entries:
+        if name in (entry.slug, entry.name):
+            mixer: Mixer = entry.resolve()(dim, **options)
+            return mixer
+    raise QuernelError(f"name must be one of {', '.join(mixer_names())}, or the name of a mixer's class; got {name!r}")

@@ -1,0 +1,141 @@
+"""``MetaBlock``: a token mixer with the norms, the perceptron and the residuals of three families of networks.
+
+    metaformer   x = x + g1 Mixer(LN(x));  x = x + g2 MLP(LN(x))
+    metanext     x = x + g MLP(BN(Mixer(x)))
+    lsnet        x = Mixer(x);  x = x + MLP(x)
+
+MLP is Linear C -> rC, activation, Linear rC -> C; g are learned scales a channel, residual branches may be dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from quernel._registry import register
+from quernel._validate import check_choice, check_float, check_int, check_type
+from quernel.nn._described import layer_config, layer_from_config
+from quernel.nn._mixer import Mixer, widened
+from quernel.nn.drop_path import DropPath
+
+STYLES = ("metaformer", "metanext", "lsnet")
+
+
+def _example() -> dict[str, Any]:
+    def make() -> nn.Module:
+        from quernel.nn.attention.softmax import SoftmaxAttention
+
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return MetaBlock(SoftmaxAttention(8, 2), ls_init=0.5)
+
+    return {
+        "make": make,
+        "input": lambda generator: (torch.randn(2, 3, 5, 8, generator=generator),),
+        "feature_axis": -1,
+    }
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm of the channels of (B, *S, C), over samples and tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised tokens."""
+        return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
+
+
+@register(
+    "softmax-attention", pillar="nn", contract="module", paper=None, status="stable", headline=False, example=_example
+)
+class MetaBlock(nn.Module):
+    """A block of a network around any token mixer, (B, *S, C) in and out.
+
+    Parameters
+    ----------
+    mixer : Mixer
+    style : {"metaformer", "metanext", "lsnet"}, default="metaformer"
+        Where norms and residuals stand.  "lsnet" leaves the residual of the mixing to the mixer.
+    mlp_ratio : float, default=4.0
+        Hidden width of the perceptron over C.
+    drop_path : float, default=0.0
+        Probability of leaving out a residual branch of a sample while training.
+    ls_init : float, optional
+        Initial value of the scales g; None leaves them out.
+
+    References
+    ----------
+    Yu et al., "MetaFormer Is Actually What You Need for Vision", arXiv 2111.11418, 2022; MetaNeXt: arXiv 2303.16900;
+    LSNet: arXiv 2503.23135.
+
+    Examples
+    --------
+    >>> import torch
+    >>> block = MetaBlock(make_mixer("softmax-attention", 16, num_heads=2), mlp_ratio=2)
+    >>> block(torch.randn(2, 7, 7, 16)).shape
+    torch.Size([2, 7, 7, 16])
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        style: Literal["metaformer", "metanext", "lsnet"] = "metaformer",
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        ls_init: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.mixer = check_type("mixer", mixer, Mixer)
+        self.style = check_choice("style", style, STYLES)
+        self.mlp_ratio = check_float("mlp_ratio", mlp_ratio, low=0.0, open_low=True)
+        self.drop = DropPath(drop_path)
+        self.ls_init = None if ls_init is None else check_float("ls_init", ls_init)
+        dim = mixer.dim
+        hidden = check_int("mlp_ratio * dim", round(self.mlp_ratio * dim), low=1)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        norms = {"metaformer": (nn.LayerNorm, nn.LayerNorm), "metanext": (TokenBatchNorm,), "lsnet": ()}[style]
+        self.norms = nn.ModuleList(norm(dim) for norm in norms)
+        scales = 0 if ls_init is None else max(len(norms), 1)
+        self.scales = nn.ParameterList(torch.full((dim,), float(ls_init or 0.0)) for _ in range(scales))
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Mix the tokens, then the channels; ``mask`` as in the mixer."""
+        return self._mixed(widened(x, self), mask).to(x.dtype)
+
+    def _mixed(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if self.style == "metanext":
+            return x + self._branch(self.mlp(self.norms[0](self.mixer(x, mask=mask))), 0)
+        if self.style == "lsnet":
+            x = self.mixer(x, mask=mask)
+            return x + self._branch(self.mlp(x), 0)
+        x = x + self._branch(self.mixer(self.norms[0](x), mask=mask), 0)
+        return x + self._branch(self.mlp(self.norms[1](x)), 1)
+
+    def _branch(self, x: Tensor, index: int) -> Tensor:
+        y: Tensor = self.drop(x * self.scales[index] if len(self.scales) else x)
+        return y
+
+    def config(self) -> dict[str, Any]:
+        """Return the options and the classes of mixer and perceptron."""
+        return {
+            "mixer": layer_config(self.mixer),
+            "mlp": [layer_config(self.mlp[i]) for i in (0, 2)],
+            "style": self.style,
+            "mlp_ratio": self.mlp_ratio,
+            "drop_path": self.drop.p,
+            "ls_init": self.ls_init,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build an untrained block from ``config()``."""
+        options = {name: config[name] for name in ("mlp_ratio", "drop_path", "ls_init")}
+        block = cls(layer_from_config(config["mixer"]), config["style"], **options)  # type: ignore[arg-type]
+        block.mlp[0], block.mlp[2] = (layer_from_config(layer) for layer in config["mlp"])
+        return block
+
+    def extra_repr(self) -> str:
+        """Show the style."""
+        return f"style={self.style!r}"
