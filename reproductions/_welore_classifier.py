@@ -101,8 +101,8 @@ def fresh(arm: str, seed: int) -> tuple[Classifier, list[nn.Parameter]]:
     return model, [*trainable, *head.parameters()]
 
 
-def train(arm: str, rate: float, seed: int, steps: int = STEPS) -> Trained:
-    """Train an arm and return its loss on the dev split."""
+def train(arm: str, rate: float, seed: int, steps: int = STEPS, held: Batches | None = None) -> Trained:
+    """Train an arm and return its loss on the dev split, or on ``held``."""
     torch.manual_seed(seed)  # dropout
     model, trainable = fresh(arm, seed)
     optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.01, fused=True)
@@ -111,7 +111,7 @@ def train(arm: str, rate: float, seed: int, steps: int = STEPS) -> Trained:
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / WARM_UP, (1 + np.cos(np.pi * step / steps)) / 2)
         one_step(model, optimizer, batch, label)
-    return Trained(*judge(model), sum(p.numel() for p in trainable))
+    return Trained(*judge(model, held), sum(p.numel() for p in trainable))
 
 
 def one_step(model: Classifier, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], label: Tensor) -> None:
@@ -134,8 +134,9 @@ def judge(model: Classifier, held: Batches | None = None) -> tuple[float, float]
 
 @functools.cache
 def best_rate(arm: str) -> float:
-    """Return the learning rate with the lowest loss after a short run of a seed of its own; equal for all arms."""
-    return min(RATES, key=lambda rate: train(arm, rate, TUNING_SEED, TUNING_STEPS).loss)
+    """Return the rate with the lowest loss on other training sentences after a short run; equal for all arms."""
+    held = batches("train", TUNING_SEED + 1, TUNING_STEPS)
+    return min(RATES, key=lambda rate: train(arm, rate, TUNING_SEED, TUNING_STEPS, held).loss)
 
 
 @functools.cache

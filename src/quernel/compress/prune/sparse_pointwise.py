@@ -101,7 +101,7 @@ class SparsePointwise(Method):
     block : {1, 2, 4}, default=1
         Consecutive output channels that share a pattern: faster, and less accurate at the same sparsity.
     min_sparsity : float, default=0.66
-        Layers with a smaller share of zeros stay dense: they would not be faster.
+        Layers with a smaller share of zeros stay dense: a dense layer, in bfloat16 at the latest, is as fast.
     fold_bn : bool, default=True
         Whether to fold batch norms into the layer before them; needs example inputs or data, to see which is where.
     linear : bool, default=False
@@ -193,7 +193,10 @@ class SparsePointwise(Method):
         }
         warnings = []
         if kept and self.min_sparsity < WORTH_IT:
-            warnings.append(f"min_sparsity={self.min_sparsity}: below {WORTH_IT:.0%} zeros dense layers are faster")
+            warnings.append(
+                f"min_sparsity={self.min_sparsity}: below {WORTH_IT:.0%} zeros a dense layer is as fast, at the latest "
+                "in bfloat16"
+            )
         if kept and self.sparsity is not None and not trains:
             warnings.append(
                 f"sparsity={self.sparsity} is reached at once, without training; pass finetune=, or prune while you "

@@ -33,7 +33,7 @@ def warn_if_dense(weight: SparseWeight, what: str) -> None:
     if weight.sparsity < WORTH_IT:
         warnings.warn(
             f"{what} has {weight.sparsity:.0%} zeros: sparse products break even with bfloat16 at 70%, and are "
-            "2.2 times as fast as float32 there. Prune it further "
+            "about twice as fast as float32 there. Prune it further "
             "(quernel.train.GradualMagnitudePruner), or leave it dense",
             UserWarning,
             stacklevel=3,
