@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = attach(
         "RandomFourierFeatures": ".random_features",
         "UniversalRandomFeatures": ".universal_random_features",
         "features": ".features",
+        "gaussian_kernel": ".gaussian",
         "jittered_cholesky": ".linalg",
         "solve_kernel_ridge": ".ridge",
         "solve_ridge": ".ridge",

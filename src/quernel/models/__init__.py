@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = attach(
         "PairConnectForCausalLM": (".pair_connect_hf", "hf"),
         "PairConnectLM": ".pair_connect_lm",
         "ResNet20": ".resnet20",
+        "SOFT": ".soft",
         "SentenceEncoder": ".sentence_encoder",
         "Task": "._task",
         "TinyLM": ".decoder",

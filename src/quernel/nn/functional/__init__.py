@@ -18,6 +18,8 @@ __getattr__, __dir__, __all__ = attach(
         "int4_linear": ".int4",
         "int8_linear": ".int8",
         "magnitude_mask": ".magnitude",
+        "newton_pinv": ".nystrom",
+        "nystrom_apply": ".nystrom",
         "one_way_conv": ".one_way",
         "one_way_conv_transpose": ".one_way",
         "one_way_kernel": ".one_way",
