@@ -116,13 +116,13 @@ class Mixer(nn.Module, ABC):
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments, and the classes of inner layers that others put in."""
         options = {name: _plain(getattr(self, name)) for name in ("dim", *self.options)}
-        return options | {"layers": {name: layer_config(layer) for name, layer in self._replaced()}}
+        return options | {"replaced": {name: layer_config(layer) for name, layer in self._replaced()}}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build an untrained mixer from ``config()``."""
         new = cls(**{name: config[name] for name in ("dim", *cls.options)})
-        for name, layer in config["layers"].items():
+        for name, layer in config["replaced"].items():
             replace_module(new, name, layer_from_config(layer))
         return new
 

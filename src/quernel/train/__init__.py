@@ -7,6 +7,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "FrankWolfePolicy": ".frank_wolfe_policy",
         "GradualMagnitudePruner": ".magnitude_pruning",
+        "Kar2": ".kar",
+        "Kar3": ".kar",
         "low_rank_only": ".low_rank",
         "merge_low_rank": ".low_rank",
     },
