@@ -1,0 +1,106 @@
+"""Time and memory of every token mixer against the number of tokens, one image or sequence, one thread, float32.
+
+``python -m benchmarks.mixers [--write] [--side N ...]`` measures each mixer in a process of its own, in eval mode;
+``--write`` puts the curves into ``benchmarks/mixers.json``, from which the page on token mixers draws its picture.
+Grids are square; mixers of sequences get as many tokens in a row.  Memory is what a forward pass needs on top of the
+module and its input, by the kernel's own count of resident pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks._process import ProcessFailed, in_fresh_process
+from quernel._timing import loaded
+
+RESULTS = Path(__file__).resolve().with_suffix(".json")
+DIM, HEADS = 64, 4
+SIDES = (8, 16, 32, 64, 128)
+# Class -> options; ``size`` and ``length`` are filled in with the side of the grid and the number of tokens.
+MIXERS: dict[str, dict[str, Any]] = {
+    "SoftmaxAttention": {"num_heads": HEADS},
+    "SoftmaxFreeAttention": {"num_heads": HEADS, "ratio": 8},
+    "NormAwareLinearAttention": {"heads": HEADS},
+    "BinaryLinearAttention": {"num_heads": HEADS},
+    "NeighborhoodAttention2d": {"num_heads": HEADS, "kernel_size": 7},
+    "HyperZZWGlobal": {"size": "side"},
+    "InceptionDWConv2d": {},
+    "LSConv": {},
+    "SGConv": {"l_max": "tokens"},
+    "LongConv": {"l_max": "tokens"},
+}
+# Of a sequence, not of a grid.
+SEQUENCES = {"SGConv", "LongConv"}
+# A forward pass is repeated for about so long.
+SECONDS = 1.0
+
+
+def measure(name: str, side: int) -> dict[str, Any]:
+    """Return milliseconds and mebibytes of a forward pass; runs in a process of its own."""
+    import torch
+
+    from quernel import nn
+
+    places = {"side": side, "tokens": side * side}
+    options = {
+        key: places.get(value, value) if isinstance(value, str) else value for key, value in MIXERS[name].items()
+    }
+    torch.manual_seed(0)
+    mixer = getattr(nn, name)(DIM, **options).eval()
+    x = torch.randn(1, side * side, DIM) if name in SEQUENCES else torch.randn(1, side, side, DIM)
+    # Compile and load what is compiled, on as few tokens as the mixer takes.
+    small = x if mixer.fixed_shape is not None else x[:, :64] if name in SEQUENCES else x[:, :8, :8]
+    with torch.inference_mode():
+        mixer(small)
+        before = _resident()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        mixer(x)
+        peak = _resident("VmHWM") - before
+        times: list[float] = []
+        end = time.perf_counter() + SECONDS
+        while time.perf_counter() < end or len(times) < 5:
+            start = time.perf_counter()
+            mixer(x)
+            times.append(1e3 * (time.perf_counter() - start))
+    return {"ms": statistics.median(times), "MiB": max(peak, 0) / 2**20}
+
+
+def _resident(field: str = "VmRSS") -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def main() -> int:
+    """Measure all curves, print them, and write them on demand."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mixers", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--side", type=int, action="append", help="a side of the grid (repeatable)")
+    parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
+    options = parser.parse_args()
+    if (busy := loaded()) and not options.force:
+        sys.stderr.write(f"not measured: {busy}\n")
+        return 2
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for name in MIXERS:
+        for side in options.side or SIDES:
+            try:
+                found = in_fresh_process(__file__, "measure", name, side, threads=1)
+            except ProcessFailed as error:
+                sys.stderr.write(f"{name}, {side * side} tokens: {error}\n")
+                continue
+            curves.setdefault(name, []).append({"tokens": side * side, **found})
+            sys.stdout.write(f"{name:28} {side * side:6} tokens {found['ms']:10.3f} ms {found['MiB']:8.1f} MiB\n")
+    if options.write:
+        content = {"dim": DIM, "heads": HEADS, "date": time.strftime("%Y-%m-%d"), "curves": curves}
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
