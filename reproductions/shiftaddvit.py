@@ -5,10 +5,10 @@ are then replaced, as in the paper's second stage.  Arms of a comparison start f
 steps on the same batches, and take the better of two learning rates, chosen on held-out training images by a short run
 of a seed of its own.
 
-What does not hold, and why.  Attention: after 1,000 steps one bit a channel is 2.6 points behind; the cached first stage,
-which trains twice as long, comes within 0.2 points of the dense transformer.  Mixtures: there is nothing to win back.
-Shifts of 5 bits lose 0.1 points before any fine-tuning and coarse ones 0.9, and 200 steps of fine-tuning restore both to
-what the transformer with nothing replaced keeps of the same steps.
+What does not hold, and why.  Attention: after 1,000 steps one bit a channel is 2.6 points behind; the cached first
+stage, which trains twice as long, comes within 0.2 points of the dense transformer.  Mixtures: there is nothing to win
+back.  Shifts of 5 bits lose 0.1 points before any fine-tuning and coarse ones 0.9, and 200 steps of fine-tuning restore
+both to what the transformer with nothing replaced keeps of the same steps.
 """
 
 from __future__ import annotations
