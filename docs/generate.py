@@ -15,6 +15,7 @@ from typing import Any
 
 from quernel._catalogue import list_methods
 from quernel._claims import Claim, read_claims
+from quernel.report._curves import chart
 
 ROOT = Path(__file__).resolve().parents[1]
 PART = re.compile(r"(<!-- generated: ([a-z-]+(?: [a-z0-9-]+)?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -93,6 +94,25 @@ def fronts(model: str) -> str:
     return head + _table(["methods (bold: on the front)", "share of the bytes", found["metric"], "change", "ms"], rows)
 
 
+def mixers() -> str:
+    """Time and memory of every token mixer against the number of tokens: two pictures and a table."""
+    file = ROOT / "benchmarks" / "mixers.json"
+    if not file.is_file():
+        return "Not measured yet.\n"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    curves = found["curves"]
+    tokens = sorted({point["tokens"] for curve in curves.values() for point in curve})
+    parts = [f"{found['dim']} channels, {found['heads']} heads, one sample, one thread, float32.\n"]
+    for key, title in (("ms", "milliseconds"), ("MiB", "MiB on top of module and input")):
+        drawn = {name: [(p["tokens"], p[key]) for p in curve] for name, curve in curves.items()}
+        parts.append(chart(drawn, "tokens", title) + "\n")
+    rows = []
+    for name, curve in curves.items():
+        at = {point["tokens"]: point for point in curve}
+        rows.append([name, *(f"{at[n]['ms']:.3g}" if n in at else "" for n in tokens)])
+    return "\n".join([*parts, _table(["ms at", *(f"{n:,} tokens" for n in tokens)], rows)])
+
+
 def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether ``one`` is no worse in bytes and metric, and better in one of them."""
     pairs = [(-one["bytes"], -other["bytes"]), (one["metric"], other["metric"])]
@@ -107,6 +127,7 @@ SECTIONS: dict[str, Callable[..., str]] = {
     "benchmarks": benchmarks,
     "all-benchmarks": all_benchmarks,
     "fronts": fronts,
+    "mixers": mixers,
 }
 
 
