@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from quernel._errors import FormatError
+from quernel._errors import FormatError, MissingExtraError
 from quernel._io import CONFIG, read_folder, write_folder
 from quernel._registry import resolve_class
 
@@ -76,6 +76,8 @@ class ArrayFolder(ABC):
             raise FormatError(f"{file}: field 'quernel.content.class' names {found.__name__}, not a {cls.__name__}")
         try:
             return found.from_folder(folder.content, folder.tensors, path=folder.path, check=not mmap)
+        except MissingExtraError:
+            raise  # nothing is wrong with the file
         except Exception as error:
             raise FormatError(f"{file}: field 'quernel.content' does not fit: {error}") from error
 

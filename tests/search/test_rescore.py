@@ -7,7 +7,7 @@ import pytest
 
 from quernel.hashing import Sets, jaccard_similarity
 from quernel.search import FlatIndex
-from quernel.search._growing import GrowingArray
+from quernel._growing import GrowingArray
 from quernel.search._rescore import KeptSets, KeptVectors, best_scored
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums of 33 terms in another order

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -135,6 +136,92 @@ def test_a_shard_of_another_save_is_refused(tmp_path):
         Index.load(tmp_path / "two")
 
 
+def test_saving_deletes_nothing_but_the_generation_that_it_replaces(tmp_path):
+    (tmp_path / "shards-backup").mkdir()
+    (tmp_path / ("shards-" + 16 * "0")).mkdir()
+    index = threads(FlatIndex(8)).add(X)
+    index.save(tmp_path)
+    index.save(tmp_path)
+    names = {p.name for p in tmp_path.glob("shards-*")}
+    assert {"shards-backup", "shards-" + 16 * "0"} < names and len(names) == 3
+
+
+def test_a_restore_that_fails_half_way_is_finished_by_the_next(tmp_path):
+    index = threads(FlatIndex(8)).add(X[:300])
+    index.save(tmp_path)
+    index.remove([1, 2])
+    index.add(X[300:320], np.arange(1000, 1020))
+    index._workers._shards[1] = index._workers._shards[2] = Dead()
+    restart = index._workers.restart
+
+    def refused(shard, folder):
+        if shard == 2:
+            raise ShardError(2, "no machine is left")
+        restart(shard, folder)
+
+    index._workers.restart = refused
+    with pytest.raises(ShardError, match="shard 2 does not answer: no machine") as caught:
+        index.restore()
+    first = [1000 + i - 300 for i in range(300, 320) if i % 3 == 1]
+    np.testing.assert_array_equal(caught.value.lost, first)
+    answer = index.search(Q, 400, partial=True)
+    assert answer.missing == (2,) and 1 not in answer[1] and not np.isin(first, answer[1]).any()
+    index._workers.restart = restart
+    second = [1000 + i - 300 for i in range(300, 320) if i % 3 == 2]
+    np.testing.assert_array_equal(index.restore(), second)
+    alone = FlatIndex(8).add(X[:300]).add(X[300:320], np.arange(1000, 1020))
+    alone.remove([1, 2, *first, *second])
+    same(index.search(Q, 9), alone.search(Q, 9))
+    index.add(X[[300]], [first[0]])
+
+
+def served_while_added(index, rounds=60):
+    """Search in one thread while another adds; return what was wrong."""
+    wrong = []
+    done = threading.Event()
+
+    def search():
+        while not done.is_set():
+            try:
+                scores, ids = index.search(X[:20], 5)
+            except Exception as error:
+                wrong.append(repr(error))
+                return
+            if not (ids[:, 0] == np.arange(20)).all() or (np.diff(scores, axis=1) > 0).any():
+                wrong.append("an item of the start was not found first")
+
+    searching = [threading.Thread(target=search) for _ in range(2)]
+    for thread in searching:
+        thread.start()
+    for i in range(rounds):
+        rows = slice(100 + 5 * i, 105 + 5 * i)
+        index.add(X[rows], np.arange(500)[rows])
+    done.set()
+    for thread in searching:
+        thread.join()
+    return wrong
+
+
+@pytest.mark.parametrize("index", [FlatIndex(8), FlinngIndex(8, n_groups=64, n_tables=16, bits=6, n_rows=2)])
+def test_items_are_added_while_others_search(index):
+    sharded = threads(index).add(X[:100])
+    assert served_while_added(sharded) == []
+    wanted = threads(index).add(X[:400], np.arange(400))
+    assert len(sharded) == 400
+    same(sharded.search(Q, 5), wanted.search(Q, 5))
+
+
+def test_two_that_add_at_once_do_not_share_a_slot():
+    index = threads(FlatIndex(8))
+    adding = [threading.Thread(target=lambda i=i: [index.add(X[[j]], [j]) for j in range(i, 400, 4)]) for i in range(4)]
+    for thread in adding:
+        thread.start()
+    for thread in adding:
+        thread.join()
+    np.testing.assert_array_equal(np.sort(index.ids), np.arange(400))
+    np.testing.assert_array_equal(index.search(X[:400], 1)[1][:, 0], np.arange(400))
+
+
 @pytest.mark.parametrize("index", [FlatIndex(8).add(X[:1]), ShardedIndex(FlatIndex(8), 1, workers="threads")])
 def test_only_an_empty_plain_index_can_be_sharded(index):
     with pytest.raises(QuernelError, match="index must be an empty index"):
@@ -149,27 +236,62 @@ def cluster():
     ray.shutdown()
 
 
+FLINNG = {"n_tables": 16, "bits": 8, "n_rows": 2}
+
+
 @pytest.mark.slow
-def test_on_a_ray_cluster(cluster, tmp_path):
-    alone = FlatIndex(8).add(X)
-    index = ShardedIndex(FlatIndex(8), 2).add(X[:250]).add(X[250:])
+@pytest.mark.parametrize(
+    ("prototype", "alone"),
+    [
+        (FlatIndex(8), FlatIndex(8)),
+        (FlinngIndex(8, n_groups=30, **FLINNG), FlinngIndex(8, n_groups=60, n_parts=2, **FLINNG)),
+    ],
+    ids=["flat", "flinng"],
+)
+def test_on_a_ray_cluster(cluster, tmp_path, prototype, alone):
+    alone.add(X)
+    index = ShardedIndex(prototype, 2).add(X[:250]).add(X[250:])
     same(index.search(Q, 6), alone.search(Q, 6))
     with pytest.raises(QuernelError, match="NaN"):
         index.add(np.full((1, 8), np.nan))
     index.save(tmp_path)
+    late = index.add(X[:3], [1000, 1001, 1002])
+    assert len(late) == 503
     # The process of one worker is killed, as a machine would lose it.
     os.kill(cluster.get(index._workers._actors[1].pid.remote()), signal.SIGKILL)
     _until_dead(index)
     with pytest.raises(ShardError, match="shard 1 does not answer"):
         index.search(Q, 6)
     assert index.search(Q, 6, partial=True).missing == (1,)
-    assert not len(index.restore())
+    # Slots 500 and 502 are of shard 0, which lives.
+    assert index.restore().tolist() == [1001]
+    index.remove([1000, 1002])
     same(index.search(Q, 6), alone.search(Q, 6))
     index.close()
-    same(quernel.load(tmp_path).search(Q, 6), alone.search(Q, 6))
+    again = quernel.load(tmp_path)
+    same(again.search(Q, 6), alone.search(Q, 6))
+    again.close()
 
 
 def _until_dead(index, seconds=30):
     end = time.monotonic() + seconds
     while time.monotonic() < end and not index.search(Q[:1], 1, partial=True).missing:
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [FlatIndex(8), FlinngIndex(8, n_groups=64, n_tables=16, bits=6, n_rows=2)])
+def test_a_ray_cluster_serves_while_items_are_added(cluster, index):
+    sharded = ShardedIndex(index, 2).add(X[:100])
+    assert served_while_added(sharded, rounds=20) == []
+    assert len(sharded) == 200
+    sharded.close()
+
+
+@pytest.mark.slow
+def test_more_shards_than_processors_are_refused_by_name(cluster, monkeypatch):
+    monkeypatch.setattr("quernel.search._shard_workers.START_SECONDS", 15.0)
+    with pytest.raises(ShardError, match=r"5 shards need a processor each, the cluster has 3"):
+        ShardedIndex(FlatIndex(8), 5)
+    # What was started is gone again: its processors are free.
+    ShardedIndex(FlatIndex(8), 2).close()

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from quernel._errors import QuernelError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Items hashed at a time: large enough to be fast, small enough that the bar moves.
 CHUNK = 2**17
+# Queries asked at once.
+QUERIES = 1024
 # Rows looked at by --suggest: all pairs of them are compared.
 SAMPLE = 1000
 KINDS = ("flinng", "flat")
@@ -100,7 +103,7 @@ def search(
     if rerank and not isinstance(index, FlinngIndex):
         raise QuernelError(f"--rerank is for flinng; {folder} holds a {type(index).__name__}, whose scores are exact")
     options = {"rerank": rerank} if rerank else {}
-    scores, ids = index.search(queries, k, **options)
+    scores, ids = _ask(index, queries, k, options)
     if json:
         rounded = [[None if math.isnan(s) else s for s in row] for row in scores.tolist()]
         emit({"k": k, "ids": ids.tolist(), "scores": rounded})
@@ -174,6 +177,17 @@ def _fill(index: Index, items: Any) -> float:
             index.add(items[first : first + CHUNK])
             progress("adding", min(1.0, (first + CHUNK) / len(items)))
     return time.perf_counter() - start
+
+
+def _ask(index: Index, queries: Any, k: int, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Search piece by piece, showing how far it got."""
+    answers = []
+    with progress_bar() as progress:
+        for first in range(0, max(len(queries), 1), QUERIES):
+            answers.append(index.search(queries[first : first + QUERIES], k, **options))
+            progress("searching", min(1.0, (first + QUERIES) / max(len(queries), 1)))
+    scores, ids = (np.concatenate(part) for part in zip(*answers, strict=True))
+    return scores, ids
 
 
 def facts(index: Index) -> dict[str, Any]:

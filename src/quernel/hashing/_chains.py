@@ -1,6 +1,6 @@
 """``Chains``: rows added to hash tables after they were sorted, each bucket's rows linked in order of arrival.
 
-Appending costs one write and one read a table, whatever is there already; reading a bucket follows its links. Twelve
+Appending costs one write and one read a table, on average over many; reading a bucket follows its links. Twelve
 bytes a bucket and four an entry, so it is for the few rows that wait to be sorted in (see ``tables.BucketTables``).
 """
 
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from quernel._growing import GrowingArray
 
 
 class Chains:
@@ -36,12 +38,18 @@ class Chains:
         self.n_codes = n_codes
         self.heads = np.full(n_tables * n_codes, -1, np.int32)
         self.lasts = np.full(n_tables * n_codes, -1, np.int32)
-        self.nexts: NDArray[np.int32] = np.zeros((0, n_tables), np.int32)
+        self._nexts = GrowingArray(np.zeros((0, n_tables), np.int32))
+
+    @property
+    def nexts(self) -> NDArray[np.int32]:
+        """The row after each in its bucket, (n, L)."""
+        rows: NDArray[np.int32] = self._nexts.rows
+        return rows
 
     def append(self, codes: NDArray[Any]) -> None:
         """Add rows of codes (n, L), each below ``n_codes``."""
         start = len(self.nexts)
-        self.nexts = np.concatenate([self.nexts, np.full(codes.shape, -1, np.int32)])
+        self._nexts.append(np.full(codes.shape, -1, np.int32))
         _link(codes, self.n_codes, self.heads, self.lasts, self.nexts, start)
 
     def bucket(self, table: int, code: int) -> list[int]:

@@ -85,6 +85,9 @@ class Sets:
             return X
         if hasattr(X, "tocsr"):
             rows = X.tocsr()
+            if (rows.data == 0).any():  # stored zeros: the item is not in the set
+                rows = rows.copy()
+                rows.eliminate_zeros()
             offsets, items = np.asarray(rows.indptr, np.int64), np.asarray(rows.indices, np.int64)
         else:
             arrays = [np.asarray(one).reshape(-1) for one in X]

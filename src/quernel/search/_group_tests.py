@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from quernel._array_folder import Arrays, take
 from quernel._errors import FormatError, QuernelError
+from quernel._growing import GrowingArray
 from quernel._threads import parallel_ranges
 from quernel.hashing import BucketTables
 from quernel.hashing._chains import Chains
 from quernel.search._flinng_kernels import Sorted, Tail, answer_rows, scratch
-from quernel.search._growing import GrowingArray
 
 # Items that may wait, whatever is there: sorting costs a pass over all buckets, also of an index of ten items.
 FEW = 1024

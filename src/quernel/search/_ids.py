@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quernel._errors import QuernelError
+from quernel._growing import GrowingArray
 
 Ids = NDArray[np.int64]
 
@@ -28,10 +29,12 @@ class IdTable:
     """
 
     def __init__(self, ids: Ids | None = None, alive: NDArray[np.bool_] | None = None) -> None:
-        self.ids = np.zeros(0, np.int64) if ids is None else np.asarray(ids, np.int64)
-        self.alive = np.ones(len(self.ids), bool) if alive is None else np.asarray(alive, bool)
-        if self.ids.shape != self.alive.shape or self.ids.ndim != 1:
-            raise QuernelError(f"ids and alive must have one length; got {self.ids.shape} and {self.alive.shape}")
+        ids = np.zeros(0, np.int64) if ids is None else np.asarray(ids, np.int64)
+        alive = np.ones(len(ids), bool) if alive is None else np.asarray(alive, bool)
+        if ids.shape != alive.shape or ids.ndim != 1:
+            raise QuernelError(f"ids and alive must have one length; got {ids.shape} and {alive.shape}")
+        self._ids, self._alive = GrowingArray(ids), GrowingArray(alive)
+        self._next = int(ids.max(initial=-1)) + 1
         self._sorted: tuple[Ids, Ids] | None = None
         self._live: int | None = None
 
@@ -42,9 +45,21 @@ class IdTable:
         return self._live
 
     @property
+    def ids(self) -> Ids:
+        """Id of every slot."""
+        found: Ids = self._ids.rows
+        return found
+
+    @property
+    def alive(self) -> NDArray[np.bool_]:
+        """Which slots are not deleted."""
+        found: NDArray[np.bool_] = self._alive.rows
+        return found
+
+    @property
     def slots(self) -> int:
         """All slots, deleted ones included."""
-        return len(self.ids)
+        return len(self._ids)
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +75,7 @@ class IdTable:
             If there are not ``n`` of them, one is negative, twice there, or in the index already.
         """
         if ids is None:
-            first = int(self.ids.max(initial=-1)) + 1
+            first = self._next
             if first + n > 2**63:
                 raise QuernelError(f"ids must be given: counting on from {first - 1} leaves the 63 bits of an id")
             return np.arange(first, first + n, dtype=np.int64)
@@ -72,15 +87,23 @@ class IdTable:
         values, counts = np.unique(given, return_counts=True)
         if (counts > 1).any():
             raise QuernelError(f"ids holds {values[counts > 1][0]} more than once")
-        known = self._find(given) >= 0
+        # Larger than all so far, as counted ones are: nothing to look up.
+        known = self._find(given) >= 0 if given.size and given.min() < self._next else np.zeros(len(given), bool)
         if known.any():
             raise QuernelError(f"ids holds {given[known][0]}, which is in the index already; remove it first")
         return given
 
     def append(self, ids: Ids) -> None:
         """Give the next slots these ids, which ``checked`` returned."""
-        self.ids = np.concatenate([self.ids, ids])
-        self.alive = np.concatenate([self.alive, np.ones(len(ids), bool)])
+        self._ids.append(ids)
+        self._alive.append(np.ones(len(ids), bool))
+        self._next = max(self._next, int(ids.max(initial=-1)) + 1)
+        self._sorted = self._live = None
+
+    def truncate(self, slots: int) -> None:
+        """Take back the slots from number ``slots`` on, which nothing else was told of."""
+        self._ids, self._alive = GrowingArray(self.ids[:slots].copy()), GrowingArray(self.alive[:slots].copy())
+        self._next = int(self.ids.max(initial=-1)) + 1
         self._sorted = self._live = None
 
     def remove(self, ids: Any) -> Ids:
@@ -95,8 +118,10 @@ class IdTable:
         slots = self._find(given)
         if (slots < 0).any():
             raise QuernelError(f"ids holds {given[slots < 0][0]}, which is not in the index; nothing was removed")
-        self.alive = self.alive.copy()
-        self.alive[slots] = False
+        # Another array: a search that is under way keeps the one it began with.
+        alive = self.alive.copy()
+        alive[slots] = False
+        self._alive = GrowingArray(alive)
         self._sorted = self._live = None
         return slots
 

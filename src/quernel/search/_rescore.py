@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from quernel._array_folder import Arrays, take
 from quernel._errors import FormatError
+from quernel._growing import GrowingArray
 from quernel._threads import parallel_ranges
 from quernel.hashing import Sets
-from quernel.search._growing import GrowingArray
 from quernel.search._index import Scores
 from quernel.search.flat import normalized
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from quernel._errors import MissingExtraError, QuernelError
 from quernel._registry import resolve_class
 from quernel.search._index import Index
 
+# An actor imports the package before it answers: seconds on an idle machine.
+START_SECONDS = 120.0
+
 
 class ShardError(QuernelError):
-    """A shard does not answer; ``shard`` is its number."""
+    """A shard does not answer; ``shard`` is its number, ``lost`` the ids of items that ``restore`` gave up before."""
 
     def __init__(self, shard: int, why: str) -> None:
         super().__init__(
@@ -27,6 +32,7 @@ class ShardError(QuernelError):
             "with partial=True to do without it"
         )
         self.shard = shard
+        self.lost = np.zeros(0, np.int64)
 
 
 class Shard:
@@ -100,12 +106,12 @@ class Workers(ABC):
 
 
 class ThreadWorkers(Workers):
-    """Shards in this process, each asked on a thread of its own; for one machine, and for tests."""
+    """Shards in this process, each with a thread of its own that works its calls off in order, as an actor does."""
 
     def __init__(self, description: Mapping[str, Any], n: int) -> None:
         super().__init__(description, n)
         self._shards = [Shard(description) for _ in range(n)]
-        self._pool = ThreadPoolExecutor(n, thread_name_prefix="quernel-shard")
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"quernel-shard-{i}") for i in range(n)]
 
     def restart(self, shard: int, folder: Path | None) -> None:
         """Replace the shard."""
@@ -113,10 +119,11 @@ class ThreadWorkers(Workers):
 
     def close(self) -> None:
         """Stop the threads."""
-        self._pool.shutdown()
+        for thread in self._threads:
+            thread.shutdown()
 
     def _start(self, shard: int, method: str, arguments: tuple[Any, ...]) -> Any:
-        return self._pool.submit(getattr(self._shards[shard], method), *arguments)
+        return self._threads[shard].submit(getattr(self._shards[shard], method), *arguments)
 
     def _finish(self, shard: int, work: Any) -> Any:
         error = work.exception()
@@ -146,13 +153,36 @@ class RayWorkers(Workers):
         self._owner = not ray.is_initialized()
         if self._owner:
             ray.init(address=address, include_dashboard=False, log_to_driver=False)
-        self._actor = ray.remote(num_cpus=1)(Shard)
-        self._actors = [self._actor.remote(self.description) for _ in range(n)]
+        self._actor: Any = ray.remote(num_cpus=1)(Shard)
+        self._actors: list[Any] = [self._actor.remote(self.description) for _ in range(n)]
+        try:
+            self._wait(range(n))
+        except ShardError:
+            self.close()
+            raise
 
     def restart(self, shard: int, folder: Path | None) -> None:
         """Start another actor; what is left of the old one is killed."""
         self._ray.kill(self._actors[shard])
         self._actors[shard] = self._actor.remote(self.description, None if folder is None else str(folder))
+        self._wait([shard])
+
+    def _wait(self, shards: Iterable[int]) -> None:
+        """Wait until actors have started, which they never do where no processor is left for them."""
+        started = {shard: self._actors[shard].pid.remote() for shard in shards}
+        _, pending = self._ray.wait(list(started.values()), num_returns=len(started), timeout=START_SECONDS)
+        for shard, work in started.items():
+            if work in pending:
+                free = self._ray.available_resources().get("CPU", 0)
+                all_of_them = self._ray.cluster_resources().get("CPU", 0)
+                raise ShardError(
+                    shard,
+                    f"it did not start within {START_SECONDS:g} s: {self.n} shards need a processor each, the cluster "
+                    f"has {all_of_them:g}, of which {free:g} are free",
+                )
+            answer = self._finish(shard, work)
+            if isinstance(answer, Exception):
+                raise answer
 
     def close(self) -> None:
         """Kill the actors, and stop a cluster that was started here."""

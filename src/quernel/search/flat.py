@@ -15,6 +15,7 @@ from scipy import sparse
 
 from quernel._array_folder import Arrays, take
 from quernel._errors import QuernelError
+from quernel._growing import GrowingArray
 from quernel._registry import register
 from quernel._validate import check_choice, check_int
 from quernel.hashing import Sets
@@ -57,7 +58,7 @@ class FlatIndex(Index):
         if (dim is None) != (metric in SET_METRICS):
             raise QuernelError(f"dim must be given for vectors and not for sets; got dim={dim} and metric={metric!r}")
         self.dim = None if dim is None else check_int("dim", dim, low=1)
-        self._vectors = np.zeros((0, self.dim or 0), np.float32)
+        self._rows = GrowingArray(np.zeros((0, self.dim or 0), np.float32))
         self._sets = Sets(np.zeros(1, np.int64), np.zeros(0, np.int64))
 
     def config(self) -> dict[str, Any]:
@@ -67,7 +68,8 @@ class FlatIndex(Index):
     @property
     def vectors(self) -> NDArray[np.float32]:
         """The stored vectors by slot, deleted ones included; normalised for the cosine."""
-        return self._vectors
+        rows: NDArray[np.float32] = self._rows.rows
+        return rows
 
     def _append(self, items: Any) -> None:
         if isinstance(items, Sets):
@@ -75,7 +77,7 @@ class FlatIndex(Index):
             self._sets = Sets(offsets, np.concatenate([self._sets.items, items.items]))
         else:
             rows = normalized(items) if self.metric == "cosine" else items
-            self._vectors = np.concatenate([self._vectors, rows])
+            self._rows.append(rows)
 
     def _search(self, queries: Any, k: int) -> tuple[Scores, NDArray[np.int64]]:
         asked = normalized(queries) if self.metric == "cosine" else queries
@@ -86,16 +88,16 @@ class FlatIndex(Index):
     def _scores(self, asked: Any) -> Scores:
         if self.metric in SET_METRICS:
             return _jaccard(asked, self._sets)
-        return exact_scores(asked, self._vectors, self.metric)
+        return exact_scores(asked, self.vectors, self.metric)
 
     def _arrays(self) -> Arrays:
         if self.metric in SET_METRICS:
             return {"offsets": self._sets.offsets, "items": self._sets.items}
-        return {"vectors": self._vectors}
+        return {"vectors": self.vectors}
 
     def _restore(self, arrays: Arrays) -> None:
         if self.metric not in SET_METRICS:
-            self._vectors = take(arrays, "vectors", np.float32, (self._ids.slots, self.dim))
+            self._rows = GrowingArray(take(arrays, "vectors", np.float32, (self._ids.slots, self.dim)))
             return
         offsets = take(arrays, "offsets", np.int64, (self._ids.slots + 1,))
         self._sets = Sets(offsets, take(arrays, "items", np.int64, (None,)))

@@ -257,10 +257,10 @@ class FlinngIndex(Index):
         ids : array, shape (n, k), int64
             -1 where fewer were found: items that share a group with nothing like the query are never met.
         """
-        check_int("rerank", rerank, low=0)
+        k, rerank = check_int("k", k, low=1), check_int("rerank", rerank, low=0)
         if rerank and self._kept is None:
             raise QuernelError("rerank needs the items themselves; build the index with keep_vectors=True")
-        if rerank and isinstance(k, int) and rerank < k:
+        if rerank and rerank < k:
             raise QuernelError(f"rerank must be at least k={k}; got {rerank}")
         return self._answer(q, k, functools.partial(self._search, rerank=rerank))
 

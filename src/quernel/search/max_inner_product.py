@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from quernel import _random
 from quernel._array_folder import Arrays, take
 from quernel._errors import FormatError
+from quernel._growing import GrowingArray
 from quernel._registry import register
 from quernel._threads import parallel_ranges
 from quernel._validate import check_int, check_type
@@ -122,7 +123,7 @@ class MaxIPIndex(Index):
         self.center = check_type("center", center, bool)
         self.max_bucket = check_int("max_bucket", max_bucket, low=1)
         self.seed = check_int("seed", seed, low=0, high=2**63 - 1)
-        self._vectors = np.zeros((0, self.dim), np.float32)
+        self._rows = GrowingArray(np.zeros((0, self.dim), np.float32))
         self._built: _Tables | None = None
 
     def config(self) -> dict[str, Any]:
@@ -133,7 +134,8 @@ class MaxIPIndex(Index):
     @property
     def vectors(self) -> Vectors:
         """The stored vectors by slot, deleted ones included."""
-        return self._vectors
+        rows: Vectors = self._rows.rows
+        return rows
 
     def best(self, q: Any) -> tuple[int, float]:
         """Return id and inner product of the best item found for one query of shape (dim,); -1 and NaN if none.
@@ -149,7 +151,7 @@ class MaxIPIndex(Index):
         return (int(self._ids.ids[slot]) if slot >= 0 else -1), float(scores[0, 0])
 
     def _append(self, items: Vectors) -> None:
-        self._vectors = np.concatenate([self._vectors, items])
+        self._rows.append(items)
         self._built = None
 
     def _search(self, queries: Vectors, k: int) -> tuple[Scores, NDArray[np.int64]]:
@@ -163,7 +165,7 @@ class MaxIPIndex(Index):
         def work(start: int, stop: int) -> None:
             search_rows(
                 queries, directed, tables.panels, tables.bits, tables.masks, tables.offsets, tables.items,
-                self._ids.alive, self._vectors, self.max_bucket, best, slots, start, stop,
+                self._ids.alive, self.vectors, self.max_bucket, best, slots, start, stop,
             )  # fmt: skip
 
         parallel_ranges(work, len(queries))
@@ -172,17 +174,17 @@ class MaxIPIndex(Index):
     def _tables(self) -> _Tables:
         """Return the tables, built if items were added since."""
         if self._built is None:
-            slots = len(self._vectors)
+            slots = len(self.vectors)
             bits = self.bits or int(np.clip(np.round(np.log2(max(slots, 1) / _LEAF)), 1, _MAX_BITS))
             family = self._family(bits)
-            middle = self._vectors.mean(0, dtype=np.float64) if self.center and slots else np.zeros(self.dim)
+            middle = self.vectors.mean(0, dtype=np.float64) if self.center and slots else np.zeros(self.dim)
             mean = middle.astype(np.float32)
             parts = [slice(i, i + _BLOCK) for i in range(0, slots, _BLOCK)]
-            radius = max((float(np.linalg.norm(self._vectors[p] - mean, axis=1).max()) for p in parts), default=1.0)
+            radius = max((float(np.linalg.norm(self.vectors[p] - mean, axis=1).max()) for p in parts), default=1.0)
             codes = np.empty((slots, self.n_tables), np.uint32)
             for p in parts:
                 # The last coordinate of the map is for queries of another length than their own: none here.
-                codes[p] = family.codes(sphere_items(self._vectors[p] - mean, radius)[:, :-1])
+                codes[p] = family.codes(sphere_items(self.vectors[p] - mean, radius)[:, :-1])
             built = BucketTables.build(codes, 2**bits)
             self._built = self._ready(bits, family, built.offsets, built.items)
         return self._built
@@ -197,11 +199,11 @@ class MaxIPIndex(Index):
 
     def _arrays(self) -> Arrays:
         tables = self._tables()
-        return {"vectors": self._vectors, "offsets": tables.offsets, "items": tables.items}
+        return {"vectors": self.vectors, "offsets": tables.offsets, "items": tables.items}
 
     def _restore(self, arrays: Arrays) -> None:
         slots = self._ids.slots
-        self._vectors = take(arrays, "vectors", np.float32, (slots, self.dim))
+        self._rows = GrowingArray(take(arrays, "vectors", np.float32, (slots, self.dim)))
         offsets = take(arrays, "offsets", np.int64, (None,))
         items = take(arrays, "items", np.int32, (slots * self.n_tables,))
         bits = ((len(offsets) - 1) // self.n_tables).bit_length() - 1

@@ -2,13 +2,16 @@
 
 Item number g goes to shard g mod P; a query is asked of all shards at once and their first k are merged, so an exact
 index gives exactly what it gives alone, ties included. A shard that died is an error with its name, or a gap that the
-answer tells of; ``restore`` starts it again from the last save.
+answer tells of; ``restore`` starts it again from the last save. Searches go on while items are added: a shard works its
+calls off in order, and what changes the index does so one at a time.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +22,15 @@ from numpy.typing import NDArray
 
 from quernel._array_folder import Arrays
 from quernel._errors import FormatError, QuernelError
+from quernel._io import read_folder
 from quernel._registry import register, resolve_class
 from quernel._validate import check_choice, check_int, check_type
 from quernel.hashing import Sets
 from quernel.search._index import Ids, Index, Ranking, Scores
 from quernel.search._shard_workers import RayWorkers, ShardError, ThreadWorkers, Workers
 from quernel.search.flat import FlatIndex
+
+GENERATION = re.compile("shards-[0-9a-f]{16}")
 
 
 class ShardedAnswer(tuple[Scores, Ids]):
@@ -95,6 +101,27 @@ class ShardedIndex(Index):
         else:
             self._workers = ThreadWorkers(description, self.n_shards)
         self._saved: Path | None = None
+        self._lock = threading.RLock()
+
+    def add(self, x: Any, ids: Any = None) -> Self:
+        """Add items, as ``Index.add``; all or none of them, and searches go on meanwhile."""
+        items = self._items("x", x)
+        with self._lock:
+            checked = self._ids.checked(len(items), ids)
+            before = self._ids.slots
+            # First the ids: a search may find an item as soon as its shard has it.
+            self._ids.append(checked)
+            try:
+                self._append(items, before)
+            except BaseException:
+                self._ids.truncate(before)
+                raise
+        return self
+
+    def remove(self, ids: Any) -> int:
+        """Delete items by id and return how many, as ``Index.remove``."""
+        with self._lock:
+            return super().remove(ids)
 
     def search(self, q: Any, k: int = 10, *, partial: bool = False, **options: Any) -> ShardedAnswer:
         """Return the k closest items of each query, closest first.
@@ -124,7 +151,7 @@ class ShardedIndex(Index):
             answers = self._workers.all("ranked", queries, k, options)
             missing.extend(shard for shard, answer in answers.items() if isinstance(answer, ShardError))
             heard = {s: a for s, a in answers.items() if not (partial and isinstance(a, ShardError))}
-            return merged(told(heard), len(queries), k)
+            return self._known(*merged(told(heard), len(queries), k))
 
         scores, ids = self._answer(q, k, ask)
         return ShardedAnswer(scores, ids, tuple(missing))
@@ -133,24 +160,40 @@ class ShardedIndex(Index):
         """Start dead shards again from the last save, or empty, and return the ids of the items that are lost.
 
         Lost are those that a dead shard was given after the last save. They can be added again under their ids.
+
+        Raises
+        ------
+        ShardError
+            If a shard cannot be started. The others are in order then; ``error.lost`` has the ids lost with them.
         """
-        dead = [s for s, answer in self._workers.all("slots").items() if isinstance(answer, ShardError)]
-        for shard in dead:
-            self._workers.restart(shard, None if self._saved is None else self._saved / _name(shard))
-        found = told(self._workers.call("slots", dict.fromkeys(dead, ())))
-        lost = [np.zeros(0, np.int64)]
-        for shard, slots in found.items():
-            mine = np.arange(shard, self._ids.slots, self.n_shards)
-            wanted = mine[self._ids.alive[mine]]
-            lost.append(np.setdiff1d(wanted, slots))
-            # Deleted since the save, and back with it.
-            again = np.setdiff1d(slots, wanted)
-            if again.size:
-                told(self._workers.call("remove", {shard: (again,)}))
-        ids = self._ids.of_slots(np.sort(np.concatenate(lost)))
-        if ids.size:
-            self._ids.remove(ids)
-        return ids
+        with self._lock:
+            failed: list[ShardError] = []
+            for shard, answer in self._workers.all("slots").items():
+                if isinstance(answer, ShardError):
+                    try:
+                        self._workers.restart(shard, None if self._saved is None else self._saved / _name(shard))
+                    except ShardError as error:
+                        failed.append(error)
+            lost = [np.zeros(0, np.int64)]
+            # All that answer, not only those that were dead now: an earlier call may have ended half-way.
+            for shard, slots in self._workers.all("slots").items():
+                if isinstance(slots, Exception):
+                    failed.append(slots if isinstance(slots, ShardError) else ShardError(shard, str(slots)))
+                    continue
+                mine = np.arange(shard, self._ids.slots, self.n_shards)
+                wanted = mine[self._ids.alive[mine]]
+                lost.append(np.setdiff1d(wanted, slots))
+                # Deleted since the save, and back with it.
+                again = np.setdiff1d(slots, wanted)
+                if again.size:
+                    told(self._workers.call("remove", {shard: (again,)}))
+            ids = self._ids.of_slots(np.sort(np.concatenate(lost)))
+            if ids.size:
+                self._ids.remove(ids)
+            if failed:
+                failed[0].lost = ids
+                raise failed[0]
+            return ids
 
     def close(self) -> None:
         """Let the workers go; a cluster that was started here stops."""
@@ -169,12 +212,13 @@ class ShardedIndex(Index):
         root = Path(path).absolute()
         generation = f"shards-{uuid.uuid4().hex[:16]}"
         places = {shard: (str(root / generation / _name(shard)),) for shard in range(self.n_shards)}
-        told(self._workers.call("save", places))
-        self._write(root, {"shards": generation})
-        for old in root.glob("shards-*"):
-            if old.name != generation and old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-        self._saved = root / generation
+        with self._lock:
+            told(self._workers.call("save", places))
+            replaced = _generation_in(root)
+            self._write(root, {"shards": generation})
+            if replaced is not None:
+                shutil.rmtree(replaced)
+            self._saved = root / generation
         return root
 
     @classmethod
@@ -213,8 +257,8 @@ class ShardedIndex(Index):
     def _items(self, name: str, x: Any) -> Any:
         return self._prototype._items(name, x)
 
-    def _append(self, items: Any) -> None:
-        before, n = self._ids.slots, len(items)
+    def _append(self, items: Any, before: int = 0) -> None:
+        n = len(items)
         arguments = {}
         for shard in range(self.n_shards):
             places = np.arange((shard - before) % self.n_shards, n, self.n_shards)
@@ -228,7 +272,12 @@ class ShardedIndex(Index):
             told(answers)
 
     def _search(self, queries: Any, k: int) -> tuple[Scores, NDArray[np.int64]]:
-        return merged(told(self._workers.all("ranked", queries, k, {})), len(queries), k)
+        return self._known(*merged(told(self._workers.all("ranked", queries, k, {})), len(queries), k))
+
+    def _known(self, scores: Scores, slots: NDArray[np.int64]) -> tuple[Scores, NDArray[np.int64]]:
+        """Leave out slots of an addition that was taken back while its items were found."""
+        gone = slots >= self._ids.slots
+        return np.where(gone, np.float32(np.nan), scores), np.where(gone, -1, slots)
 
     def _forget(self, slots: NDArray[np.int64]) -> None:
         parts = {int(s): (slots[slots % self.n_shards == s],) for s in np.unique(slots % self.n_shards)}
@@ -264,6 +313,18 @@ def merged(rankings: Mapping[int, Ranking], n: int, k: int) -> tuple[Scores, NDA
         order = np.lexsort((own[1], own[3], shards, own[2], -own[0]))[:k]  # NaN comes last
         scores[row, : len(order)], slots[row, : len(order)] = own[0][order], own[1][order]
     return scores, slots
+
+
+def _generation_in(root: Path) -> Path | None:
+    """Return the folder of the shards that a save at ``root`` names, if there is one; nothing else is ever deleted."""
+    try:
+        name = read_folder(root, check_tensors=False).content.get("shards")
+    except FormatError:
+        return None
+    if not isinstance(name, str) or not GENERATION.fullmatch(name):
+        return None
+    folder = root / name
+    return folder if folder.is_dir() and not folder.is_symlink() else None
 
 
 def _name(shard: int) -> str:

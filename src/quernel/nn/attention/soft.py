@@ -138,7 +138,7 @@ class SoftmaxFreeAttention(_SharedQueries):
     Notes
     -----
     At initialisation the landmarks, which pass a norm, are far from the queries: the kernel part begins near zero, and
-    the convolution carries the signal.  Departs from the authors' code: every matrix gets a start of its own in Newton's
+    the convolution carries the signal.  Departs from the authors' code: every matrix has a start of its own in Newton's
     iteration, so that samples do not depend on each other.
 
     References
