@@ -1,6 +1,9 @@
 """Trials on Ray's workers are the trials of this process; without Ray the remedy is named."""
 
+import os
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -41,6 +44,38 @@ def test_a_search_on_two_workers_finds_what_one_process_finds():
         (t.label, t.file_bytes, t.metric) for t in alone.trials
     ]
     assert spread.chosen == alone.chosen
+
+
+def _slow(seconds):
+    time.sleep(seconds)
+    return "done"
+
+
+def _first(values):
+    return float(values[0])
+
+
+def _killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_it_keeps_the_promises_of_an_executor():
+    pytest.importorskip("ray")
+    x = torch.zeros(3)
+    with RayExecutor(num_cpus=2) as executor:
+        # Changed data is sent again, whatever held it before.
+        before = executor.submit(_first, [x])
+        assert before.result() == 0.0
+        x[0] = 7.0
+        assert executor.submit(_first, [x]).result() == 7.0
+        # A worker that dies fails its task, once, and others go on.
+        assert executor.submit(_killed).exception() is not None
+        late = executor.submit(_slow, 1.0)
+    # Leaving the block waits for what runs.
+    assert late.result(timeout=0) == "done"
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(pow, 2, 2)
 
 
 @pytest.mark.parametrize("cpus", [0, 1.5])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from quernel._growing import GrowingArray
 from quernel.hashing import Sets, jaccard_similarity
 from quernel.search import FlatIndex
-from quernel._growing import GrowingArray
 from quernel.search._rescore import KeptSets, KeptVectors, best_scored
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums of 33 terms in another order

@@ -145,6 +145,28 @@ def test_frozen_dtype_and_mode() -> None:
     assert small(torch.ones(2, 100, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("sharing", ["global", "local"])
+def test_frozen_weights_stay_frozen(sharing: Any) -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    result = compress(model, Roast(sharing=sharing, init="project"))
+    frozen, trained = result.model[0], result.model[2]
+    assert frozen.memory is not trained.memory
+    assert not frozen.memory.values.requires_grad and trained.memory.values.requires_grad
+    assert any(
+        "frozen weights stay frozen" in warning and warning.endswith(": 0") for warning in result.report.warnings
+    )
+    before = frozen.materialize().clone()
+    optimizer = torch.optim.AdamW(quernel.nn.roast_param_groups(result.model, 1e-2, weight_decay=0.1))
+    result.model(torch.randn(8, 100)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(frozen.materialize(), before)
+    assert not Roast.to_dense(result.model)[0].weight.requires_grad
+    assert Roast.to_dense(result.model)[2].weight.requires_grad
+    thawed = compress(mlp(), Roast(sharing=sharing)).report.warnings
+    assert not any("frozen" in warning for warning in thawed)
+
+
 def test_a_model_that_does_not_shrink_warns() -> None:
     report = compress(mlp(), Roast(ratio=1.0)).report
     assert any("nothing is saved" in warning for warning in report.warnings)
@@ -188,6 +210,6 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 def test_a_weight_with_nan_is_refused() -> None:
     model = mlp()
     with torch.no_grad():
-        model[0].weight[0, 0] = float("nan")
-    with pytest.raises(QuernelError, match="NaN or infinity"):
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(QuernelError, match="'2' holds NaN or infinity; repair or exclude the layer"):
         compress(model, Roast())

@@ -67,6 +67,14 @@ def test_every_large_table_becomes_a_view_of_one_array() -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_frozen_tables_stay_frozen() -> None:
+    model = Clicks()
+    model.item.weight.requires_grad_(False)
+    small = compress(model, RobeEmbeddings(ratio=0.1, min_numel=100, block=4), example_inputs=IDS).model
+    assert small.user.memory is small.tags.memory is not small.item.memory
+    assert small.user.memory.values.requires_grad and not small.item.memory.values.requires_grad
+
+
 def test_padding_keeps_its_meaning() -> None:
     model = Clicks()
     small = compress(model, RobeEmbeddings(ratio=0.2, min_numel=100), example_inputs=IDS).model
