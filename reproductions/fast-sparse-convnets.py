@@ -6,8 +6,8 @@ The sparse one is then converted and timed whole, against the fastest of torch's
 batch norms folded in both.  The paper's networks are larger and trained on ImageNet for longer.
 
 What does not hold, and why.  After 1,600 steps, most of which prune, the sparse network is 1.35 points below the dense
-one; the narrow one of as many weights is 3 points below.  At batch 1 the whole network takes 0.3 ms, of which some 15 us
-a layer are Python and dispatch: 1.79 times the dense one, 1.8 wanted.
+one, and the narrow one of as many weights 3 points.  At batch 1 the whole network takes 0.3 ms, of which some 15 us a
+layer are Python and dispatch: 1.79 times the dense one, 1.8 wanted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Reproduce representer sketches (arXiv 2106.11426) on a laptop: networks on tables as look-ups, densities by RACE.
 
-What does not hold: on Phishing Websites and the halves of MNIST the sketch is 1.8 and 3.1 points below its network, and a
-small network distilled as long to as many bytes of int8 is as good as the large one.  Sums of bumps around 500 anchors in
-16 projected coordinates are a poor form of those functions; on Adult, which is nearly linear, the sketch loses 0.2 points.
+What does not hold: on Phishing Websites and the halves of MNIST the sketch is 1.8 and 3.1 points below its network, and
+a small network distilled as long, to as many bytes of int8, is as good as the large one.  On Adult, where linear models
+are nearly as good as any, it loses 0.2 points.  Sums of bumps around 500 anchors seem too coarse for the other two.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reproduce ROBE (arXiv 2108.02191) on a laptop: click models with 10, 100 and 1000 times fewer embedding numbers.
 
-What does not hold: blocks of 16 cost up to 0.003 AUC against blocks of one number, where the array has only 403 numbers.
-Rows of 16 then begin at few places, and a row is nearly the whole of what another one is.
+What does not hold: blocks of 16 cost up to 0.003 AUC against blocks of one number, most where the array has only 403
+numbers: rows of 16 begin at few places there and share most of what they read.
 """
 
 from __future__ import annotations
