@@ -149,7 +149,7 @@ def embedding_of(kind: str, ratio: int, block: int, seed: int) -> nn.Module:
     if kind == "qr":
         return QuotientRemainder(sizes, numbers, seed)
     memory = RobeArray(numbers, seed=seed, bound=max(sizes) ** -0.5)
-    return RobeEmbeddingBag(sizes, DIM, memory=memory, block=block, mode=None)
+    return RobeEmbeddingBag(sizes, DIM, memory=memory, block=block, mode=None, offset=0)
 
 
 @torch.no_grad()

@@ -17,8 +17,19 @@ from quernel import models
 from quernel._errors import FormatError
 from quernel._io import CONFIG, digest_of
 from quernel._load import load, save_model
-from quernel.compress import WeightInt8, compress
-from quernel.nn import StoredConv2d, StoredEmbedding, StoredLinear
+from quernel.compress import Roast, WeightInt8, compress
+from quernel.nn import (
+    RoastEmbedding,
+    RoastLinear,
+    RobeArray,
+    RobeEmbedding,
+    SharedArray,
+    StoredConv2d,
+    StoredEmbedding,
+    StoredLinear,
+    scale_memory_gradients,
+)
+from quernel.nn.hashed._memory import readers_of, slot_sums
 from quernel.nn.weights import DenseWeight, Int8Weight
 
 V1 = Path(__file__).parent / "data" / "format-v1"
@@ -290,3 +301,83 @@ def test_a_file_cannot_place_the_tokenizer(tmp_path: Path) -> None:
     forge(folder, lambda subtree: subtree.update(files={"folder": "..", "sha256": {}}))
     with pytest.raises(FormatError, match=r"quernel\.files\.folder"):
         quernel.load(folder)
+
+
+def two_readers() -> tuple[nn.Sequential, Callable[[], nn.Sequential]]:
+    """Return a table and a head of one view, beside a layer over the same array, and what builds their places."""
+    memory = SharedArray(400, seed=2)
+    head = RoastLinear(16, 50, False, memory=memory, tile=(8, 8))
+    model = nn.Sequential(RoastEmbedding.over(head.weight), RoastLinear(16, 16, memory=memory, tile=(8, 8)), head)
+    return model, lambda: nn.Sequential(nn.Identity(), nn.Identity(), nn.Identity())
+
+
+def test_what_is_shared_within_layers_is_one_object_again(tmp_path: Path) -> None:
+    model, build = two_readers()
+    back = load(save_model(model, tmp_path), model=build)
+    assert back[0].weight is back[2].weight and back[1].weight is not back[2].weight
+    assert back[0].memory is back[1].memory is back[2].memory
+    # Tied rows count once, as they did.
+    for before, after in zip(slot_sums(readers_of(model), 400), slot_sums(readers_of(back), 400), strict=True):
+        assert torch.equal(before, after)
+    x = torch.randn(2, 16)
+    for one in (model, back):
+        scale_memory_gradients(one)
+        one[2](one[1](x)).square().sum().backward()
+    torch.testing.assert_close(back[0].memory.values.grad, model[0].memory.values.grad)
+    dense = Roast.to_dense(back)
+    assert dense[0].weight is dense[2].weight and len(list(dense.parameters())) == 3
+    # Whichever reader is asked, the next one gets a seed that no other has.
+    seeds = [back[place].memory.next_seed() for place in (0, 1, 2)]
+    assert len({*seeds, *(back[place].weight.mapped.seed for place in (1, 2))}) == 5
+    again = load(save_model(back, tmp_path / "again"), model=build)
+    assert again[0].weight is again[2].weight and again[1].memory.readers == 5
+
+
+def test_an_array_that_the_model_names_itself_stays_the_readers(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = RobeArray(60, seed=3)
+            self.user, self.item = (RobeEmbedding(9, 4, memory=self.memory, field=f) for f in (0, 1))
+
+    model = Named()
+    back = load(save_model(model, tmp_path), model=Named)
+    assert back.memory is back.user.memory is back.item.memory
+    assert torch.equal(back.memory.values, model.memory.values)
+
+
+def test_layers_of_a_model_share_their_array_again(tmp_path: Path) -> None:
+    model = models.PairConnectLM(20, 8, layers=2, window=3, rows=50, storage="robe", size=90, sparse=False)
+    back = load(models.save(model, tmp_path))
+    first, second = (mixer.table.views.memory for mixer in back.mixers)
+    assert first is second and len(list(back.parameters())) == len(list(model.parameters()))
+
+
+def test_folders_that_name_nothing_shared_load_as_before(tmp_path: Path) -> None:
+    model, build = two_readers()
+    save_model(model, tmp_path)
+    forge(tmp_path, lambda subtree: subtree["content"].pop("shared"))
+    back, ids = load(tmp_path, model=build), torch.arange(50)
+    assert torch.equal(back(ids), model(ids)) and back[0].memory.values is back[2].memory.values
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        ([], r"'quernel\.content\.shared' must be an object; got \[\]"),
+        (
+            {"2.weight": "1.weight"},
+            r"shared\.2\.weight' does not fit: QuernelError: it is HashedTileWeight.*'1\.weight'",
+        ),
+        ({"2.weight": "0.memory"}, r"shared\.2\.weight' does not fit"),
+        ({"2.weight": "7"}, r"shared\.2\.weight' does not fit"),
+        ({"2.weight": ["0"]}, r"shared\.2\.weight' does not fit"),
+        ({"2.weights": "0.weight"}, r"shared\.2\.weights' does not fit"),
+    ],
+)
+def test_what_cannot_be_shared_is_named(tmp_path: Path, shared: Any, message: str) -> None:
+    model, build = two_readers()
+    save_model(model, tmp_path)
+    forge(tmp_path, lambda subtree: subtree["content"].update(shared=shared))
+    with pytest.raises(FormatError, match=message):
+        load(tmp_path, model=build)

@@ -24,6 +24,8 @@ from quernel._module_tree import (
     fitting,
     meta_leftovers,
     parameters_on_meta,
+    share_modules,
+    shared_modules,
     signature,
     swap_modules,
     unsaved_buffer_dtypes,
@@ -90,6 +92,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
     with parameters_on_meta():
         built = build_architecture(architecture, folder.path, folder.files) if given is None else given
         swap_modules(built, modules, file=file)
+        # Folders of earlier versions do not say what is shared within described modules.
+        share_modules(built, folder.content.get("shared", {}), modules, file=file)
         cast_unsaved_buffers(built, folder.content.get("buffer_dtypes"), file=file)
     assign_tensors(built, folder.tensors, file=file)
     left = meta_leftovers(built)
@@ -116,11 +120,13 @@ def save_model(
     """
     architecture, files = describe_architecture(model)
     original = _signature_of(architecture, model)
+    modules = changed_modules(model, original)
     content = {
         "kind": "model",
         "class": type(model).__name__,
         "architecture": architecture,
-        "modules": changed_modules(model, original),
+        "modules": modules,
+        "shared": shared_modules(model, modules),
         "buffer_dtypes": unsaved_buffer_dtypes(model),
         "extra": dict(extra or {}),
     }

@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from quernel._errors import FormatError, MissingExtraError
+from quernel._errors import FormatError, MissingExtraError, QuernelError
 from quernel._plain_layers import build_layer, describe_layer, is_plain_layer
 from quernel._registry import resolve_class
 
@@ -68,6 +68,29 @@ def changed_modules(model: nn.Module, original: Signature | None) -> dict[str, d
     return described
 
 
+def shared_modules(model: nn.Module, described: Mapping[str, Any]) -> dict[str, str]:
+    """Return ``{name: name of the same}`` of modules that are one object under several names, within described ones.
+
+    A description tells what a shared array or a pair of tied rows is, not that it is the same one. Modules within
+    shared ones are not listed, and what the architecture alone shares is its own affair.
+    """
+    aliases = {name for name, description in described.items() if "alias" in description}
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not _is_within(name, aliases):
+            names.setdefault(module, []).append(name)
+    shared: dict[str, str] = {}
+    for held in names.values():
+        inside = [name for name in held if _is_within(name, described)]
+        shared |= {name: inside[0] for name in held if inside and name != inside[0]}
+    return {name: same for name, same in shared.items() if not _is_within(name, shared)}
+
+
+def _is_within(name: str, outer: Collection[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:k]) in outer for k in range(1, len(parts)))
+
+
 def describes_itself(module: nn.Module) -> bool:
     """Say whether the class itself (not a base of it) is in the catalogue and has a ``config``."""
     return "_quernel_slug" in type(module).__dict__ and hasattr(module, "config")
@@ -115,6 +138,29 @@ def swap_modules(model: nn.Module, modules: Mapping[str, Any], *, file: str) -> 
         with fitting(file, f"quernel.content.modules.{name}"):
             holder, child, _ = _place(model, name)
             setattr(holder, child, model.get_submodule(target))
+
+
+def share_modules(model: nn.Module, shared: Any, described: Mapping[str, Any], *, file: str) -> None:
+    """Make modules one object again that were one (``shared_modules``).
+
+    They must be of one class, and described ones of one configuration.
+    """
+    field = "quernel.content.shared"
+    if not isinstance(shared, dict):
+        raise FormatError(f"{file}: field {field!r} must be an object; got {shared!r}")
+    for name, same in shared.items():
+        with fitting(file, f"{field}.{name}"):
+            holder, child, old = _place(model, name)
+            kept = model.get_submodule(same)
+            told = [_told(module) if _is_within(name, described) else type(module).__name__ for module in (old, kept)]
+            if type(old) is not type(kept) or told[0] != told[1]:
+                raise QuernelError(f"it is {told[0]}, and {same!r} is {told[1]}")
+            setattr(holder, child, kept)
+
+
+def _told(module: nn.Module) -> str:
+    config = getattr(module, "config", None)
+    return f"{type(module).__name__}({config() if callable(config) else module.extra_repr()})"
 
 
 def _check_description(name: str, description: Any, modules: Mapping[str, Any], where: str) -> None:

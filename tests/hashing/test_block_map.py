@@ -1,5 +1,7 @@
 """BlockMap: its written definition number by number, even starts, fair signs, and the variance of its sketches."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -171,11 +173,23 @@ def test_config_round_trip():
         rows = np.arange(50)
         np.testing.assert_array_equal(twin.index(rows), table.index(rows))
         np.testing.assert_array_equal(twin.signs_of(rows), table.signs_of(rows))
-        for field in table.config():
-            with pytest.raises(KeyError):
+        for field in table.config().keys() - {"hash"}:
+            with pytest.raises(QuernelError, match=f"must have the fields.*; it lacks {field}"):
                 BlockMap.from_config({k: v for k, v in table.config().items() if k != field})
+        # Descriptions of earlier versions name no hash: they mean the first.
+        old = {k: v for k, v in table.config().items() if k != "hash"}
+        assert BlockMap.from_config(old).config() == table.config()
+        with pytest.raises(QuernelError, match="hash must be at most 1, the newest known here; got 2"):
+            BlockMap.from_config(old | {"hash": 2})
     with pytest.raises(QuernelError, match="cannot be written as JSON"):
         BlockMap.explicit(np.zeros(2, int), 4, 4, 2).config()
+
+
+def test_sizes_from_numpy_are_written_as_json():
+    table = BlockMap(np.int64(100), np.int32(6), np.int64(4), np.uint64(2**64 - 1))
+    assert json.loads(json.dumps(table.config())) == BlockMap(100, 6, 4, 2**64 - 1).config()
+    prime = BlockMap.mod_prime(*np.array([11, 7, 3, 101]), 99, 8, 4)
+    assert json.loads(json.dumps(prime.config())) == BlockMap.mod_prime(11, 7, 3, 101, 99, 8, 4).config()
 
 
 def test_pairs_broadcast_and_no_rows_are_fine():

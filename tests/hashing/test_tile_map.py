@@ -1,5 +1,7 @@
 """TileMap: its written definition weight by weight, even starts, fair signs, and the variance of its sketches."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -119,6 +121,15 @@ def test_config_round_trip():
     twin = TileMap.from_config(tiles.config())
     np.testing.assert_array_equal(twin.index(), tiles.index())
     assert twin.config() == tiles.config() and (twin.signs_of() == 1).all()
+    for field in tiles.config().keys() - {"hash"}:
+        with pytest.raises(QuernelError, match=f"must have the fields.*; it lacks {field}"):
+            TileMap.from_config({k: v for k, v in tiles.config().items() if k != field})
+    old = {k: v for k, v in tiles.config().items() if k != "hash"}
+    assert TileMap.from_config(old).config() == tiles.config()
+    with pytest.raises(QuernelError, match="hash must be at most 1, the newest known here; got 2"):
+        TileMap.from_config(old | {"hash": 2})
+    small = TileMap(np.int64(99), (np.int64(7), 9), (3, np.int32(4)), np.uint64(2**63), signs=False, order="k-major")
+    assert json.loads(json.dumps(small.config())) == tiles.config()
     with pytest.raises(QuernelError, match="cannot be written as JSON"):
         TileMap.explicit(np.zeros((1, 1), int), 9, (2, 2), (2, 2)).config()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from quernel._errors import QuernelError
 from quernel._timing import threads
 from quernel.hashing.mixers import mix64
-from quernel.nn import _pair_ops, _pair_plain
+from quernel.nn import _pair_kernels, _pair_ops, _pair_plain
 from quernel.nn._block_plain import wide_dtype
 from quernel.nn._pair_kernels import GAP, LAYOUT, MEAN, SOFTMAX, SQRT
 from quernel.nn._pair_ops import Layout, pair_rows, pair_sum
@@ -158,6 +158,28 @@ def test_backward_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.undo()
         for a, b in zip(whole, parts, strict=True):
             assert torch.equal(a.to_dense() if sparse and a.is_sparse else a, b.to_dense() if b.is_sparse else b)
+
+
+@pytest.mark.parametrize("name", ["note_rows", "number_rows"])
+def test_an_interrupted_backward_leaves_no_marks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, kernel, calls = case(KINDS[0]), getattr(_pair_kernels, name), []
+    grad = torch.randn(summed(held).shape, dtype=torch.float64)
+    wanted = torch.autograd.grad(summed(held, sparse=True), held["weight"], grad)[0]
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(kernel(*arguments))
+        if len(calls) == (3 if name == "note_rows" else 1):
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(_pair_ops, "_BLOCK_PAIRS", 40)
+    monkeypatch.setattr(_pair_kernels, name, interrupted)
+    blocks = _pair_ops._Blocks(grad, held["weight"], None, None, held["ids"], held["layout"], 11)
+    with pytest.raises(KeyboardInterrupt):
+        blocks.__enter__()
+    monkeypatch.undo()
+    again = torch.autograd.grad(summed(held, sparse=True), held["weight"], grad)[0]
+    assert torch.equal(again.indices(), wanted.indices()) and torch.equal(again.values(), wanted.values())
 
 
 def test_ops_are_well_formed() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._timing import threads
 from quernel.hashing import TileMap
+from quernel.nn import _tile_gradient as gradient
 from quernel.nn import _tile_ops as ops
 from quernel.nn import _tile_panels as panels
 from quernel.nn import _tile_plain as plain
@@ -160,12 +161,41 @@ def test_scatter_is_the_transpose_of_expand(size: int, shape: Any, tile: Any) ->
     torch.testing.assert_close(tile_sums(u, v, tiles), tile_scatter(u[:, None] * v, tiles))
 
 
-def test_the_gradient_of_the_array_repeats_bit_for_bit() -> None:
-    tiles, memory = operands(2000, (300, 500), (8, 16)), numbers(2000)
-    x, grad = torch.randn(40, 500), torch.randn(40, 300)
-    with threads(2):
-        runs = [ops._linear_backward(grad, x, memory, 1.0, [False, True], *tiles.arguments)[1] for _ in range(5)]
-    assert all(torch.equal(run, runs[0]) for run in runs)
+# Arrays of a few ranges, one array shared by slots, small tiles, no runs; one rectangle, and many.
+SIZES = [
+    (2000, (300, 500), (8, 16), {}),
+    (2000, (300, 500), (32, 32), {}),
+    (9000, (300, 500), (32, 32), {}),
+    (90_000, (600, 700), (32, 32), {}),
+    (1500, (32, 32), (32, 32), {}),
+    (1500, (20, 3000), (32, 32), {}),
+    (2000, (300, 500), (1, 1), {}),
+    (2000, (300, 500), (32, 32), {"order": "k-major"}),
+]
+
+
+@pytest.mark.parametrize(("size", "shape", "tile", "options"), SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_the_gradient_of_the_array_does_not_depend_on_threads(
+    size: int, shape: Any, tile: Any, options: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles, memory = operands(size, shape, tile, **options), numbers(size, dtype=dtype)
+    w = torch.randn(shape, dtype=dtype)
+    for batch, rectangles in ((3, 1), (40, 1), (40, 4), (700, 40)):
+        monkeypatch.setattr(gradient, "LEAST_NUMBERS", 2**17 if rectangles == 1 else 2**10)
+        monkeypatch.setattr(gradient, "LEAST_RECTANGLES", rectangles)
+        x, grad = torch.randn(batch, shape[1], dtype=dtype), torch.randn(batch, shape[0], dtype=dtype)
+        found = []
+        for count in (1, 2, 3, 2):
+            with threads(count):
+                by_product = ops._linear_backward(grad, x, memory, 0.5, [False, True], *tiles.arguments)[1]
+                found.append((by_product, tile_scatter(w, tiles)))
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+        wanted = plain.scatter(*tiles.arguments, 0.5 * grad.double().mT @ x.double())
+        coarse = 1e-4 if dtype is torch.float32 else COARSE
+        torch.testing.assert_close(found[0][0].double(), wanted, rtol=coarse, atol=coarse * float(wanted.abs().max()))
 
 
 @every_shape

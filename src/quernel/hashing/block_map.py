@@ -26,9 +26,14 @@ from quernel._validate import check_int, check_type
 from quernel.hashing.mixers import U64, as_u64, fastrange, fastrange_small, fastrange_u64, mix64, mix64_step
 from quernel.hashing.universal import ModPrime
 
-# The last key of a sign's hash; a start has one key less, so the two never meet.
+# The last key of a sign's hash. A block's start has one key less, so the two never meet. A tile's start has as many: in
+# a matrix of more than 20,839 columns of tiles, tile (a, SIGNS) begins where the word says that signs the 64 positions
+# from 64 a on. That is one tile in a row, and its start is uniform all the same.
 SIGNS = 0x5167
+# Of the hashes, the layout of blocks and tiles, and the place of sign bits: another version is another weight.
+HASH = 1
 MIXED, PRIME, GIVEN = 0, 1, 2
+_FIELDS = ("size", "dim", "block", "seed", "signs", "circular")
 _LOW = U64(0xFFFFFFFF)
 _SIGNS = U64(SIGNS)
 
@@ -101,12 +106,12 @@ class BlockMap:
     given_signs: NDArray[np.int8] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_int("size", self.size, low=1)
-        check_int("dim", self.dim, low=1)
-        check_int("block", self.block, low=1)
+        # What is kept are Python's integers: NumPy's could not be written as JSON.
+        for name in ("size", "dim", "block"):
+            object.__setattr__(self, name, check_int(name, getattr(self, name), low=1))
+        object.__setattr__(self, "seed", check_seed(self.seed))
         check_type("signs", self.signs, bool)
         check_type("circular", self.circular, bool)
-        as_u64("seed", self.seed)
         if self.size < self.block:
             raise QuernelError(f"size must be at least block={self.block}; got {self.size}")
 
@@ -192,16 +197,15 @@ class BlockMap:
         """Return the JSON-able description; a map with given starts has none."""
         if self.kind == GIVEN:
             raise QuernelError("a map with given starts cannot be written as JSON; store its arrays yourself")
-        described = {"size": self.size, "dim": self.dim, "block": self.block, "seed": self.seed}
-        described |= {"signs": self.signs, "circular": self.circular}
-        return described | {"prime": None if self.prime is None else self.prime.config()}
+        described = {name: getattr(self, name) for name in _FIELDS}
+        return described | {"prime": None if self.prime is None else self.prime.config(), "hash": HASH}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Rebuild the map from ``config()``; every field must be there, since a default would be another map."""
-        fields = [config[name] for name in ("size", "dim", "block", "seed", "signs", "circular")]
+        check_map("block map", config, (*_FIELDS, "prime"))
         prime = None if config["prime"] is None else ModPrime.from_config(config["prime"])
-        return cls(*fields, prime=prime)
+        return cls(*(config[name] for name in _FIELDS), prime=prime)
 
     def _starts(self, block: Any) -> Any:
         if self.starts is not None:
@@ -210,6 +214,29 @@ class BlockMap:
             per_row = U64(self.per_row)
             return self.prime(block // per_row, block % per_row)
         return fastrange(mix64(self.seed, block), self.n_starts)
+
+
+def check_map(what: str, config: dict[str, Any], fields: tuple[str, ...], newest: int = HASH) -> None:
+    """Raise unless a description has all fields and a known version of the hash; without one it is the first."""
+    missing = [name for name in fields if name not in config]
+    if missing:
+        raise QuernelError(
+            f"config of a {what} must have the fields {', '.join(fields)}; it lacks {', '.join(missing)}"
+        )
+    check_hash(config.get("hash", 1), newest)
+
+
+def check_hash(version: Any, newest: int = HASH) -> None:
+    """Raise unless this is a known version of a hash."""
+    if check_int("hash", version, low=1) > newest:
+        raise QuernelError(f"hash must be at most {newest}, the newest known here; got {version}")
+
+
+def check_seed(seed: Any) -> int:
+    """Return a seed as Python's integer if it fits 64 bits."""
+    found = check_int("seed", seed)
+    as_u64("seed", found)
+    return found
 
 
 def as_starts(starts: Any) -> NDArray[np.int64]:

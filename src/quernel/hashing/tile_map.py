@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from quernel._errors import QuernelError
 from quernel._validate import check_choice, check_int, check_type
-from quernel.hashing.block_map import SIGNS, as_starts
-from quernel.hashing.mixers import U64, as_u64, fastrange, fastrange_small, fastrange_u64, mix64, mix64_step
+from quernel.hashing.block_map import HASH, SIGNS, as_starts, check_map, check_seed
+from quernel.hashing.mixers import U64, fastrange, fastrange_small, fastrange_u64, mix64, mix64_step
 
 Order = Literal["n-major", "k-major"]
 _LOW = U64(0xFFFFFFFF)
@@ -81,14 +81,14 @@ class TileMap:
     given_signs: NDArray[np.int8] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_int("size", self.size, low=1)
+        object.__setattr__(self, "size", check_int("size", self.size, low=1))
+        object.__setattr__(self, "seed", check_seed(self.seed))
         for name, pair in (("shape", self.shape), ("tile", self.tile)):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise QuernelError(f"{name} must be two integers; got {pair!r}")
             object.__setattr__(self, name, tuple(check_int(f"{name}[{i}]", v, low=1) for i, v in enumerate(pair)))
         check_type("signs", self.signs, bool)
         check_choice("order", self.order, ("n-major", "k-major"))
-        as_u64("seed", self.seed)
         if self.size < self.area:
             raise QuernelError(
                 f"size must be at least {self.area}, the numbers of a tile {self.tile}; got {self.size}. "
@@ -172,11 +172,12 @@ class TileMap:
         if self.starts is not None:
             raise QuernelError("a map with given starts cannot be written as JSON; store its arrays yourself")
         described = {"size": self.size, "shape": list(self.shape), "tile": list(self.tile), "seed": self.seed}
-        return described | {"signs": self.signs, "order": self.order}
+        return described | {"signs": self.signs, "order": self.order, "hash": HASH}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Rebuild the map from ``config()``; every field must be there, since a default would be another map."""
+        check_map("tile map", config, ("size", "shape", "tile", "seed", "signs", "order"))
         shape, tile = tuple(config["shape"]), tuple(config["tile"])
         return cls(config["size"], shape, tile, config["seed"], config["signs"], config["order"])
 

@@ -75,14 +75,14 @@ class ModPrime:
     prime: int = MERSENNE_61
 
     def __post_init__(self) -> None:
-        check_int("prime", self.prime, low=2, high=MERSENNE_61)
+        object.__setattr__(self, "prime", check_int("prime", self.prime, low=2, high=MERSENNE_61))
         if self.prime >= 2**32 and self.prime != MERSENNE_61:
             raise QuernelError(f"prime must be 2**61 - 1 or below 2**32, where products fit; got {self.prime}")
         object.__setattr__(self, "a", tuple(check_int("a", a, low=1, high=self.prime - 1) for a in self.a))
         if not self.a:
             raise QuernelError("a must hold one factor a key; got none")
-        check_int("b", self.b, low=0, high=self.prime - 1)
-        check_int("n", self.n, low=1, high=self.prime)
+        object.__setattr__(self, "b", check_int("b", self.b, low=0, high=self.prime - 1))
+        object.__setattr__(self, "n", check_int("n", self.n, low=1, high=self.prime))
 
     @classmethod
     def draw(cls, seed: int, n: int, *, n_keys: int = 1, prime: int = MERSENNE_61) -> Self:

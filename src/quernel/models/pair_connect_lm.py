@@ -20,8 +20,9 @@ from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.hashing.mixers import mix64
 from quernel.nn import PairConnect, PairTable, RobeArray
-from quernel.nn.attention._pair_stream import PairStream
-from quernel.nn.attention.pair_connect import advanced, empty_state, masked, param_groups
+from quernel.nn._pair_kernels import GAP
+from quernel.nn.attention._pair_stream import PairStream, why_not_streamed
+from quernel.nn.attention.pair_connect import advanced, empty_state, masked, narrowed, param_groups, whole
 
 EXPANSION = 4
 STD = 0.02
@@ -195,7 +196,7 @@ class PairConnectLM(nn.Module):
         mask : bool Tensor, shape (B, T), optional
             True where a token counts; what the model says elsewhere means nothing.
         """
-        return LMOutput(self._logits(ids.long() if mask is None else masked(ids, mask)))
+        return LMOutput(self._logits(whole(ids) if mask is None else masked(ids, mask)))
 
     def start(self, batch: int = 1) -> Tensor:
         """Return the state of ``batch`` streams before their first token: (batch, W) ids of 32 bits."""
@@ -242,10 +243,9 @@ class PairConnectLM(nn.Module):
             raise QuernelError(f"ids must have shape (B, T) with T >= 1; got {tuple(ids.shape)}")
         if mask is not None and not bool(mask[:, -1].all()):
             raise QuernelError("mask must be True at the last token of every stream; pad on the left")
-        seen = (ids if mask is None else masked(ids, mask))[:, -self.window :]
+        seen = (whole(ids) if mask is None else masked(ids, mask))[:, -self.window :]
         state = self.start(len(ids))
-        # What does not fit 32 bits must be refused by its layer, not cut off here.
-        state[:, self.window - seen.shape[1] :] = seen.clamp_max(2**31 - 1).to(state.dtype)
+        state[:, self.window - seen.shape[1] :] = narrowed(seen, state.dtype).masked_fill(seen == GAP, GAP)
         logits = self._logits(state, queries=1)[:, 0]
         step = self._stepper(state)
         made = [ids.long()]
@@ -279,7 +279,7 @@ class PairConnectLM(nn.Module):
 
     def _stepper(self, state: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the function from the next ids to their logits, which carries the state on."""
-        if state.device.type == "cpu" and self._config["storage"] != "robe" and len(state):
+        if state.is_cpu and len(state) and not any(map(why_not_streamed, self.mixers)):
             return self.stream(len(state)).start_from(state).step
 
         def step(ids: Tensor) -> Tensor:
@@ -308,6 +308,12 @@ class LMStream:
 
     def start_from(self, state: Tensor) -> Self:  # (B, W), as ``PairConnectLM.step`` returns it
         """Take over the ids that came before."""
+        held = self.streams[0].state
+        if state.dtype is not held.dtype or state.shape != held.shape:
+            raise QuernelError(
+                f"state must be {held.dtype} of shape {tuple(held.shape)}, as step returns it; got {state.dtype} "
+                f"{tuple(state.shape)}"
+            )
         for stream in self.streams:
             stream.state.copy_(state)
         return self

@@ -40,6 +40,8 @@ from quernel.nn._block_plain import (
 
 # Numbers worth a thread of their own: some tens of microseconds.
 _GRAIN = 2**15
+# Of a table that is folded into an array: a temporary of this many.
+_NUMBERS_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +140,17 @@ def scatter_rows(rows: Tensor, ids: Tensor, table: BlockTable) -> Tensor:
     described = (table.starts, table.flips, table.layout, table.fields, table.scales)
     out: Tensor = _scatter(rows, ids, None, None, *described, False)
     return out
+
+
+@torch.no_grad()
+def scatter_table(table_rows: Tensor, table: BlockTable) -> Tensor:
+    """Return ``scatter_rows`` of all rows of a table (n, dim), some at a time: it may be an expanded number; (m,)."""
+    total = torch.zeros(Layout(*table.layout).size, dtype=wide_dtype(table_rows.dtype), device=table_rows.device)
+    step = max(1, _NUMBERS_AT_ONCE // max(1, table_rows.shape[1]))
+    for first in range(0, len(table_rows), step):
+        part = table_rows[first : first + step]
+        total += scatter_rows(part, torch.arange(first, first + len(part), device=part.device), table)
+    return total
 
 
 def _compute(

@@ -167,11 +167,16 @@ class _Blocks:
         self.slots = workspace("pair slots", rows, torch.int32, zeroed=True).numpy()
         found = np.empty(min(rows, self.items * self.layout.hashes * self.span), np.int64)
         n = 0
-        for first, size in self._ranges():
-            _, rows_here, _, counts, *_ = self._terms(first, size, slopes=False)
-            n = _pair_kernels.note_rows(rows_here, counts, self.slots, found, n)
-        self.found = np.sort(found[:n])
-        _pair_kernels.number_rows(self.slots, self.found)
+        try:
+            for first, size in self._ranges():
+                _, rows_here, _, counts, *_ = self._terms(first, size, slopes=False)
+                n = _pair_kernels.note_rows(rows_here, counts, self.slots, found, n)
+            self.found = np.sort(found[:n])
+            _pair_kernels.number_rows(self.slots, self.found)
+        except BaseException:
+            # An interrupt too; it may come before n is known, so all marks go.
+            self.slots.fill(0)
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -91,11 +91,15 @@ def check(
 
 def refuse(ids: Tensor, layout: Layout) -> None:
     """Raise over the first id that is out of range, if there is one."""
-    limit = layout.vocab or 2**62
-    bad = ids[((ids < 0) & (ids != GAP)) | (ids >= limit)]
+    bad = ids[((ids < 0) & (ids != GAP)) | (ids >= (layout.vocab or 2**62))]
     if bad.numel():
-        most = str(layout.vocab) if layout.vocab else "inf"
-        raise QuernelError(f"ids must be in [0, {most}); got {int(bad[0])}. Check the vocabulary, or mask padding")
+        raise bad_id(bad[0], layout)
+
+
+def bad_id(found: Tensor, layout: Layout) -> QuernelError:
+    """Return the error over an id that is out of range."""
+    most = str(layout.vocab) if layout.vocab else "inf"
+    return QuernelError(f"ids must be in [0, {most}); got {int(found)}. Check the vocabulary, or mask padding")
 
 
 def rows_plain(ids: Tensor, described: list[int], queries: int, padding: int) -> Tensor:

@@ -188,8 +188,8 @@ def expand(constants: Any, starts: Any, memory: Any, out: Any, n0: Any, k0: Any)
 
 @njit(nogil=True, cache=True, fastmath=False)
 @keyed
-def scatter(constants: Any, starts: Any, source: Any, total: Any, n0: Any, k0: Any) -> None:
-    """Add a rectangle of the gradient of W to the gradient of the array, with signs.
+def scatter(constants: Any, starts: Any, source: Any, total: Any, n0: Any, k0: Any, lowest: Any, highest: Any) -> None:
+    """Add a rectangle of the gradient of W to the slots [lowest, highest) of the gradient of the array, with signs.
 
     source: (rows, columns) and total: (m,), both of one floating dtype; n0 and k0 as in ``expand``.
     """
@@ -201,13 +201,31 @@ def scatter(constants: Any, starts: Any, source: Any, total: Any, n0: Any, k0: A
     for a in range(n0 // high, (n1 + high - 1) // high):
         first, last = max(n0 - a * high, 0), min(n1 - a * high, high)
         for b in range(k0 // wide, (k1 + wide - 1) // wide):
-            target = base + item * start_at(constants, starts, a, b)
+            start = start_at(constants, starts, a, b)
+            if start + last * wide <= lowest or start + first * wide >= highest:
+                continue
             tile = (a * per_row + b) * high * wide
             width = min(wide, k1 - b * wide)
             shift = _hash_signs(constants, tile + first * wide, (last - first) * wide, words)
+            target = base + item * start
+            place = given + item * ((a * high - n0) * columns + b * wide - k0)
+            if start + first * wide >= lowest and start + last * wide <= highest:
+                for i in range(first, last):
+                    _add(
+                        target + item * i * wide,
+                        place + item * i * columns,
+                        flags,
+                        shift + (i - first) * wide,
+                        width,
+                        total,
+                    )
+                continue
             for i in range(first, last):
-                place = given + item * ((a * high + i - n0) * columns + b * wide - k0)
-                _add(target + item * i * wide, place, flags, shift + (i - first) * wide, width, total)
+                # A run may begin before these slots, or end behind them.
+                skip, stop = max(lowest - start - i * wide, 0), min(highest - start - i * wide, width)
+                if skip < stop:
+                    there, here = target + item * (i * wide + skip), place + item * (i * columns + skip)
+                    _add(there, here, flags, shift + (i - first) * wide + skip, stop - skip, total)
     words[0] = 0  # the last use: Numba frees an array right after it
 
 
@@ -299,6 +317,6 @@ def scatter_rows(constants: Any, starts: Any, flips: Any, source: Any, ids: Any,
     """Add gradients of the rows ``ids`` of W to the gradient of the array."""
     for i in range(len(ids)):
         if has_runs:
-            scatter(constants, starts, source[i : i + 1], total, ids[i], 0)
+            scatter(constants, starts, source[i : i + 1], total, ids[i], 0, 0, total.size)
         else:
             scatter_any(constants, starts, flips, source[i : i + 1], total, ids[i], 0)

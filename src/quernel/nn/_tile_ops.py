@@ -6,7 +6,8 @@
     tile_rows     rows of W
 
 A map is passed as ``TileMap.operands()`` and, for given ones, starts and signs. CPU tensors take the compiled passes
-of ``_tile_panels``; others torch's operations.
+of ``_tile_panels`` and ``_tile_gradient``; on GPUs the kernels of ``_tile_triton``, where Triton is installed and tiles
+have sides of 16 to 128, and torch's operations elsewhere.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel.hashing import TileMap
+from quernel.nn import _tile_gradient as gradient
 from quernel.nn import _tile_panels as panels
 from quernel.nn import _tile_plain as plain
 from quernel.nn._tile_panels import Tiles
@@ -100,6 +102,8 @@ def tile_sums(u: Tensor, v: Tensor, tiles: TileOperands) -> Tensor:
 
 def tile_rows(memory: Tensor, ids: Tensor, tiles: TileOperands) -> Tensor:
     """Return rows of W without its scale, (*ids.shape, in)."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
+        raise QuernelError(f"ids must be integers; got {ids.dtype}. Convert them with .long()")
     rows: Tensor = _rows(memory, ids.reshape(-1).long(), *tiles.arguments)
     return rows.reshape(*ids.shape, tiles.operands[2])
 
@@ -120,6 +124,9 @@ def _linear_cpu(
 def _linear_plain(
     x: Tensor, memory: Tensor, bias: Given, scale: float, operands: Operands, starts: Given, flips: Given
 ) -> Tensor:
+    kernels = plain.fused(operands, starts, flips, x, memory)
+    if kernels is not None:
+        return kernels.linear(operands, x, memory, bias, scale)
     w = plain.expand(operands, starts, flips, memory).to(x.dtype) * scale
     return torch.nn.functional.linear(x, w, bias)
 
@@ -137,7 +144,7 @@ def _linear_backward_cpu(
     tiles = Tiles.of(operands, starts, flips)
     grad, x, memory = _held(grad, x, memory)
     dx = panels.input_gradient(tiles, grad, memory, scale) if wanted[0] else x.new_empty(0)
-    dm = panels.memory_gradient(tiles, grad, x, scale).to(memory.dtype) if wanted[1] else memory.new_empty(0)
+    dm = gradient.memory_gradient(tiles, grad, x, scale).to(memory.dtype) if wanted[1] else memory.new_empty(0)
     return dx, dm
 
 
@@ -152,6 +159,10 @@ def _linear_backward_plain(
     flips: Given,
 ) -> tuple[Tensor, Tensor]:
     dx, dm = x.new_empty(0), memory.new_empty(0)
+    kernels = plain.fused(operands, starts, flips, grad, x, memory)
+    if kernels is not None:
+        dx = kernels.input_gradient(operands, grad, memory, scale) if wanted[0] else dx
+        return dx, kernels.memory_gradient(operands, grad, x, scale).to(memory.dtype) if wanted[1] else dm
     if wanted[0]:
         dx = grad @ (plain.expand(operands, starts, flips, memory).to(grad.dtype) * scale)
     if wanted[1]:
@@ -216,14 +227,20 @@ def _expand_cpu(memory: Tensor, operands: Operands, starts: Given, flips: Given)
 
 
 def _expand_plain(memory: Tensor, operands: Operands, starts: Given, flips: Given) -> Tensor:
+    kernels = plain.fused(operands, starts, flips, memory)
+    if kernels is not None:
+        return kernels.expand(operands, memory)
     return plain.expand(operands, starts, flips, memory)
 
 
 def _scatter_cpu(source: Tensor, operands: Operands, starts: Given, flips: Given) -> Tensor:
-    return panels.scatter(Tiles.of(operands, starts, flips), *_held(source)).to(source.dtype)
+    return gradient.scatter(Tiles.of(operands, starts, flips), *_held(source)).to(source.dtype)
 
 
 def _scatter_plain(source: Tensor, operands: Operands, starts: Given, flips: Given) -> Tensor:
+    kernels = plain.fused(operands, starts, flips, source)
+    if kernels is not None:
+        return kernels.scatter(operands, source).to(source.dtype)
     return plain.scatter(operands, starts, flips, source).to(source.dtype)
 
 
@@ -369,9 +386,11 @@ for _name, _grad, _setup in (
 
 def _warmup() -> None:
     """Compile the passes; ``quernel warmup`` calls it."""
-    tiles = TileOperands.of(TileMap(64, (9, 9), (4, 8)))
+    tiles = TileOperands.of(TileMap(300, (17, 17), (16, 16)))
     for dtype in (torch.float32, torch.bfloat16):
-        memory, ids = torch.ones(64, dtype=dtype, requires_grad=True), torch.tensor([0, 8])
+        memory, ids = torch.ones(300, dtype=dtype, requires_grad=True), torch.tensor([0, 8])
         for rows in (1, 8):
-            tile_linear(torch.ones(rows, 9, dtype=dtype, requires_grad=True), memory, None, 1.0, tiles).sum().backward()
+            tile_linear(
+                torch.ones(rows, 17, dtype=dtype, requires_grad=True), memory, None, 1.0, tiles
+            ).sum().backward()
         (tile_expand(memory, tiles).sum() + tile_rows(memory, ids, tiles).sum()).backward()

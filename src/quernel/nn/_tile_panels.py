@@ -2,7 +2,7 @@
 
 A panel is expanded into a workspace of the thread and multiplied by torch's own GEMM; ranges of panels run on the
 library's threads. One to a few rows of input are multiplied straight from the array instead. The gradient of the array
-is summed in one private copy a thread, added up in the order of the rows: repeatable, and free of races.
+is in ``_tile_gradient``.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Tiles:
     def scatter(self, source: Tensor, total: Tensor, n0: int, k0: int) -> None:
         """Add a rectangle of the gradient of W to ``total`` (m,), both float32 or both float64."""
         if self.has_runs:
-            kernels.scatter(self.constants, self.starts, source.numpy(), total.numpy(), n0, k0)
+            kernels.scatter(self.constants, self.starts, source.numpy(), total.numpy(), n0, k0, 0, self.size)
         else:
             kernels.scatter_any(self.constants, self.starts, self.flips, source.numpy(), total.numpy(), n0, k0)
 
@@ -126,12 +126,12 @@ def linear(tiles: Tiles, x: Tensor, memory: Tensor, bias: Tensor | None, scale: 
 
     def work(first: int, last: int) -> None:
         for n0, n1 in _steps(first, last, tiles.tile[0], tiles.shape[1] * memory.element_size()):
-            panel = _panel(n1 - n0, tiles.shape[1], memory.dtype)
-            tiles.expand(memory, panel, n0, 0)
+            expanded = panel(n1 - n0, tiles.shape[1], memory.dtype)
+            tiles.expand(memory, expanded, n0, 0)
             part = y[:, n0:n1]
             if bias is not None:
                 part.copy_(bias[n0:n1])
-            part.addmm_(x, panel.to(x.dtype).mT, beta=0 if bias is None else 1, alpha=scale)
+            part.addmm_(x, expanded.to(x.dtype).mT, beta=0 if bias is None else 1, alpha=scale)
 
     tiles.over_rows(work, cost=len(x))
     return y
@@ -143,24 +143,12 @@ def input_gradient(tiles: Tiles, grad: Tensor, memory: Tensor, scale: float) -> 
 
     def work(first: int, last: int) -> None:
         for k0, k1 in _steps(first, last, tiles.tile[1], tiles.shape[0] * memory.element_size()):
-            panel = _panel(tiles.shape[0], k1 - k0, memory.dtype)
-            tiles.expand(memory, panel, 0, k0)
-            out[:, k0:k1].addmm_(grad, panel.to(grad.dtype), beta=0, alpha=scale)
+            expanded = panel(tiles.shape[0], k1 - k0, memory.dtype)
+            tiles.expand(memory, expanded, 0, k0)
+            out[:, k0:k1].addmm_(grad, expanded.to(grad.dtype), beta=0, alpha=scale)
 
     tiles.over_columns(work, cost=max(1, len(grad)))
     return out
-
-
-def memory_gradient(tiles: Tiles, grad: Tensor, x: Tensor, scale: float) -> Tensor:
-    """Return the gradient (m,) of the array from those of the outputs, in float32 or float64."""
-
-    def panels(first: int, last: int, total: Tensor) -> None:
-        for n0, n1 in _steps(first, last, tiles.tile[0], tiles.shape[1] * total.element_size()):
-            panel = _panel(n1 - n0, tiles.shape[1], x.dtype)
-            torch.mm(grad[:, n0:n1].mT, x, out=panel)
-            tiles.scatter(panel.to(total.dtype), total, n0, 0)
-
-    return _summed(tiles, panels, x.dtype, cost=max(1, len(x))).mul_(scale)
 
 
 def expand(tiles: Tiles, memory: Tensor) -> Tensor:
@@ -168,12 +156,6 @@ def expand(tiles: Tiles, memory: Tensor) -> Tensor:
     out = _fresh(*tiles.shape, memory.dtype)
     tiles.over_rows(lambda n0, n1: tiles.expand(memory, out[n0:n1], n0, 0))
     return out
-
-
-def scatter(tiles: Tiles, source: Tensor) -> Tensor:
-    """Return the gradient of the array (m,) from that of W."""
-    wide = source.to(_sum_dtype(source.dtype)).contiguous()
-    return _summed(tiles, lambda n0, n1, total: tiles.scatter(wide[n0:n1], total, n0, 0), source.dtype)
 
 
 def expand_rows(tiles: Tiles, memory: Tensor, ids: Tensor) -> Tensor:
@@ -186,7 +168,7 @@ def expand_rows(tiles: Tiles, memory: Tensor, ids: Tensor) -> Tensor:
 
 def scatter_rows(tiles: Tiles, source: Tensor, ids: Tensor) -> Tensor:
     """Return the gradient of the array (m,) from those of rows of W; source: (n, in)."""
-    wide = source.to(_sum_dtype(source.dtype)).contiguous()
+    wide = source.to(sum_dtype(source.dtype)).contiguous()
     total = wide.new_zeros(tiles.size)
     held = tiles.constants, tiles.starts, tiles.flips, wide.numpy(), ids.numpy(), total.numpy()
     kernels.scatter_rows(*held, tiles.has_runs)
@@ -217,25 +199,12 @@ def _fresh(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, columns, dtype=dtype)
 
 
-def _panel(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    panel: Tensor = workspace("tile_panel", rows * columns, dtype).view(rows, columns)
-    return panel
+def panel(rows: int, columns: int, dtype: torch.dtype, key: str = "tile_panel") -> Tensor:
+    """Return a matrix in this thread's workspace of that name."""
+    held: Tensor = workspace(key, rows * columns, dtype).view(rows, columns)
+    return held
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients are summed."""
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _summed(tiles: Tiles, work: Callable[[int, int, Tensor], None], dtype: torch.dtype, cost: int = 1) -> Tensor:
-    """Run ``work(n0, n1, total)`` over ranges of rows, each with a total of its own, and add the totals in order."""
-    totals: dict[int, Tensor] = {}
-
-    def one(n0: int, n1: int) -> None:
-        totals[n0] = torch.zeros(tiles.size, dtype=_sum_dtype(dtype))
-        work(n0, n1, totals[n0])
-
-    tiles.over_rows(one, cost)
-    first, *others = (totals[n0] for n0 in sorted(totals))
-    for other in others:
-        first += other
-    return first

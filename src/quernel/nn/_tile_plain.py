@@ -1,29 +1,31 @@
-"""Slots and signs of a ``TileMap`` in torch's own operations, for devices without compiled passes.
+"""Slots and signs of a ``TileMap`` in torch's own operations, for devices and maps without compiled passes.
 
 Bit for bit the map of ``quernel.hashing.TileMap``. An index of the whole matrix is built and dropped on every call:
-right everywhere, and slow. 64-bit arithmetic wraps around in int64 as it does in uint64; only shifts need care.
+right everywhere, and slow. The hash is that of ``_block_plain``, in signed arithmetic.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quernel.hashing.block_map import SIGNS
+from quernel.nn._block_plain import fastrange_of, mix
 
-_LOW = 2**32 - 1
+# Sides of tiles that the Triton kernels take.
+SIDES = (16, 32, 64, 128)
 
 
 def slots(operands: Sequence[int], starts: Tensor | None, device: torch.device) -> Tensor:
-    """Return the slot of every number of W, int64 (out, in); arrays of at most 2^32 starts."""
+    """Return the slot of every number of W, int64 (out, in)."""
     size, _, _, high, wide, state, _, _ = operands
     a, b, place = _places(operands, device)
     if starts is None:
-        h = _step(_step(state, a), b)
-        n = size - high * wide + 1
-        begins = _shifted(_shifted(h, 32) * n + _shifted((h & _LOW) * n, 32), 32)
+        begins = fastrange_of(mix(mix(state, a), b), size - high * wide + 1)
     else:
         begins = starts.to(device)[a, b]
     return begins + place
@@ -38,7 +40,7 @@ def signs(operands: Sequence[int], flips: Tensor | None, dtype: torch.dtype, dev
         return torch.ones(rows, columns, dtype=dtype, device=device)
     a, b, place = _places(operands, device)
     position = (a * -(-columns // wide) + b) * high * wide + place
-    bits = _step(_step(state, position >> 6), SIGNS) >> (position & 63)
+    bits = mix(mix(state, position >> 6), SIGNS) >> (position & 63)
     return (1 - 2 * (bits & 1)).to(dtype)
 
 
@@ -65,18 +67,10 @@ def _places(operands: Sequence[int], device: torch.device) -> tuple[Tensor, Tens
     return a, b, (j * high + i if by_columns else i * wide + j)
 
 
-def _step(state: Tensor | int, key: Tensor | int) -> Tensor:
-    """Return ``mix64_step``."""
-    z = torch.as_tensor(state) + key + _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shifted(z, 31)
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _shifted(z: Tensor, by: int) -> Tensor:
-    """Shift right, zeros coming in."""
-    return (z >> by) & (2 ** (64 - by) - 1)
+def fused(operands: Sequence[int], starts: Tensor | None, flips: Tensor | None, *tensors: Tensor) -> Any:
+    """Return the Triton kernels if they are there and made for this map and these tensors, else None."""
+    known = starts is None and flips is None and operands[3] in SIDES and operands[4] in SIDES
+    if not known or not all(t.is_cuda for t in tensors) or importlib.util.find_spec("triton") is None:
+        return None
+    kernels = importlib.import_module("quernel.nn._tile_triton")
+    return kernels if kernels.takes(operands, *tensors) else None

@@ -35,12 +35,24 @@ class ShardError(QuernelError):
         self.lost = np.zeros(0, np.int64)
 
 
+def told(answers: Mapping[int, Any]) -> dict[int, Any]:
+    """Return the answers, or raise the first exception among them."""
+    for answer in answers.values():
+        if isinstance(answer, Exception):
+            raise answer
+    return dict(answers)
+
+
 class Shard:
     """One index and what is asked of it."""
 
-    def __init__(self, description: Mapping[str, Any], folder: str | None = None) -> None:
+    def __init__(self, description: Mapping[str, Any]) -> None:
         cls: Any = resolve_class(description["class"], file="shard", field="class")
-        self.index: Index = cls.load(folder) if folder else cls.from_config(description["config"])
+        self.index: Index = cls.from_config(description["config"])
+
+    def load(self, folder: str) -> None:
+        """Take the index that was saved there."""
+        self.index = type(self.index).load(folder)
 
     def add(self, items: Any, slots: Any) -> int:
         """Add items under the numbers of their slots in the whole index; return how many there are now."""
@@ -115,7 +127,10 @@ class ThreadWorkers(Workers):
 
     def restart(self, shard: int, folder: Path | None) -> None:
         """Replace the shard."""
-        self._shards[shard] = Shard(self.description, None if folder is None else str(folder))
+        fresh = Shard(self.description)
+        if folder is not None:
+            fresh.load(str(folder))
+        self._shards[shard] = fresh
 
     def close(self) -> None:
         """Stop the threads."""
@@ -164,8 +179,17 @@ class RayWorkers(Workers):
     def restart(self, shard: int, folder: Path | None) -> None:
         """Start another actor; what is left of the old one is killed."""
         self._ray.kill(self._actors[shard])
-        self._actors[shard] = self._actor.remote(self.description, None if folder is None else str(folder))
-        self._wait([shard])
+        self._actors[shard] = self._actor.remote(self.description)
+        try:
+            self._wait([shard])
+            # After the start, whose time is limited: a large shard loads for minutes.
+            if folder is not None:
+                told(self.call("load", {shard: (str(folder),)}))
+        except Exception:
+            # One that waits for a processor would let whatever is asked next wait too; one that could not load would
+            # answer as if all its items were lost.
+            self._ray.kill(self._actors[shard])
+            raise
 
     def _wait(self, shards: Iterable[int]) -> None:
         """Wait until actors have started, which they never do where no processor is left for them."""
@@ -180,9 +204,7 @@ class RayWorkers(Workers):
                     f"it did not start within {START_SECONDS:g} s: {self.n} shards need a processor each, the cluster "
                     f"has {all_of_them:g}, of which {free:g} are free",
                 )
-            answer = self._finish(shard, work)
-            if isinstance(answer, Exception):
-                raise answer
+        told({shard: self._finish(shard, work) for shard, work in started.items()})
 
     def close(self) -> None:
         """Kill the actors, and stop a cluster that was started here."""

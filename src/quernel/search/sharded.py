@@ -27,7 +27,7 @@ from quernel._registry import register, resolve_class
 from quernel._validate import check_choice, check_int, check_type
 from quernel.hashing import Sets
 from quernel.search._index import Ids, Index, Ranking, Scores
-from quernel.search._shard_workers import RayWorkers, ShardError, ThreadWorkers, Workers
+from quernel.search._shard_workers import RayWorkers, ShardError, ThreadWorkers, Workers, told
 from quernel.search.flat import FlatIndex
 
 GENERATION = re.compile("shards-[0-9a-f]{16}")
@@ -172,8 +172,8 @@ class ShardedIndex(Index):
                 if isinstance(answer, ShardError):
                     try:
                         self._workers.restart(shard, None if self._saved is None else self._saved / _name(shard))
-                    except ShardError as error:
-                        failed.append(error)
+                    except QuernelError as error:  # no processor, or a save that cannot be read
+                        failed.append(error if isinstance(error, ShardError) else ShardError(shard, str(error)))
             lost = [np.zeros(0, np.int64)]
             # All that answer, not only those that were dead now: an earlier call may have ended half-way.
             for shard, slots in self._workers.all("slots").items():
@@ -288,14 +288,6 @@ class ShardedIndex(Index):
 
     def _restore(self, arrays: Arrays) -> None:
         """Take nothing: the shards have folders of their own."""
-
-
-def told(answers: Mapping[int, Any]) -> dict[int, Any]:
-    """Return the answers, or raise the first exception among them."""
-    for answer in answers.values():
-        if isinstance(answer, Exception):
-            raise answer
-    return dict(answers)
 
 
 def merged(rankings: Mapping[int, Ranking], n: int, k: int) -> tuple[Scores, NDArray[np.int64]]:

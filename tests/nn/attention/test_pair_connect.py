@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from quernel import testing
 from quernel._errors import QuernelError
@@ -223,43 +223,34 @@ def test_any_function_of_pairs_is_in_reach_and_not_of_attention(dim: int) -> Non
     ids, target = torch.stack([v, u], dim=1), f[u, v]
     table = PairTable(64**2 * 2, dim, direct=True, vocab=64, sparse=False, std=0.0)
     layer = PairConnect(table, window=2, rel_buckets=2, normalise="mean")
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
-    for step in range(400):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 400)
-        loss = F.mse_loss(layer(ids)[:, 1], target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert float(F.mse_loss(layer(ids)[:, 1], target)) < 1e-4
+    ours = trained(lambda: layer(ids)[:, 1], layer, target, 0.1, 400)
+    assert ours < 1e-4
+    # One head of 8 with free embeddings, values and projection: the best of several rates, trained longer than ours.
+    best = min(trained(*attention_of(ids, dim), target, rate, 1000) for rate in (3e-3, 1e-2, 3e-2))
+    assert best > 0.1 > ours
 
-    # One head of 8 with free embeddings, values and projection.
+
+def attention_of(ids: Tensor, dim: int) -> tuple[Callable[[], Tensor], nn.Module]:
     torch.manual_seed(0)
     embedding, attention = nn.Embedding(64, 32), nn.MultiheadAttention(8, 1, kdim=32, vdim=32, batch_first=True)
     query, out = nn.Linear(32, 8), nn.Linear(8, dim)
-    model = nn.ModuleList([embedding, attention, query, out])
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(400):
+
+    def run() -> Tensor:
         x = embedding(ids)
-        y = out(attention(query(x[:, 1:]), x, x, need_weights=False)[0][:, 0])
-        loss = F.mse_loss(y, target)
+        return out(attention(query(x[:, 1:]), x, x, need_weights=False)[0][:, 0])
+
+    return run, nn.ModuleList([embedding, attention, query, out])
+
+
+def trained(run: Callable[[], Tensor], model: nn.Module, target: Tensor, rate: float, steps: int) -> float:
+    """Fit by Adam, the rate going down to nothing; return the mean squared error that is left."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         optimizer.zero_grad()
-        loss.backward()
+        F.mse_loss(run(), target).backward()
         optimizer.step()
-    assert float(loss) > 0.1
-
-
-def test_training_takes_memory_of_tokens_not_of_pairs() -> None:
-    batch, length, dim, window = 8, 256, 64, 64
-    layer = PairConnect(PairTable(5000, dim, vocab=100), window=window)
-    ids = torch.randint(0, 100, (batch, length))
-    layer(ids[:, :8]).sum().backward()  # kernels are compiled before anything is counted
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        y = layer(ids)
-        held = sum(event.self_cpu_memory_usage for event in seen.events() if event.self_cpu_memory_usage > 0)
-        y.sum().backward()
-    taken = sum(event.self_cpu_memory_usage for event in seen.events() if event.self_cpu_memory_usage > 0)
-    tokens, pairs = 4 * batch * length * dim, 4 * batch * length * window * dim
-    assert max(held, taken) < 8 * tokens < pairs / 4
+    return float(F.mse_loss(run(), target).detach())
 
 
 def test_rates_of_tables() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 import quernel
 from quernel._errors import QuernelError
 from quernel._load import save_model
-from quernel.nn import PairTable, RobeArray
+from quernel.nn import PairConnect, PairTable, RobeArray
 from quernel.nn._pair_ops import pair_rows
 from tests.reference import pairconnect as oracle
 
@@ -98,6 +99,21 @@ def test_storages() -> None:
     assert float(drawn.detach().std()) == pytest.approx(0.02, rel=0.05)
 
 
+def test_shares_over_a_half_array_are_weighed_in_float32() -> None:
+    table = PairTable(50, 8, storage="robe", size=64, vocab=9, generator=seeded())
+    layer = PairConnect(table, normalise="softmax")
+    with torch.no_grad():
+        layer.scores.normal_(generator=seeded()).add_(100)  # a bfloat16 near 100 knows it to a quarter
+    half = copy.deepcopy(layer)
+    half.table.bfloat16()
+    with torch.no_grad():
+        table.views.memory.values.copy_(half.table.views.memory.values)
+    ids = torch.randint(0, 9, (5, 3), generator=seeded())
+    got = half(ids)
+    assert got.dtype is torch.bfloat16
+    assert torch.equal(got, layer(ids).bfloat16())  # rounded once, at the end
+
+
 def test_sums_of_rows_with_trained_weights() -> None:
     table = PairTable(50, 6, combine="sum", n_hashes=3, vocab=9, sparse=False, generator=seeded())
     one = torch.tensor([4]), torch.tensor([2])
@@ -140,6 +156,10 @@ def test_every_kind_is_saved(options: dict[str, Any], tmp_path: Any) -> None:
     twin = quernel.load(save_model(Two(), tmp_path), model=Two).table
     assert torch.equal(twin(u, v), table(u, v))
     assert twin.config() == table.config()
+    old = {name: value for name, value in table.config().items() if name != "hash"}  # of earlier versions
+    assert PairTable.from_config(old).config() == table.config()
+    with pytest.raises(QuernelError, match="hash must be at most 1, the newest known here; got 2"):
+        PairTable.from_config(old | {"hash": 2})
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,15 @@ from quernel.nn import (
     RoastConv2d,
     RoastEmbedding,
     RoastLinear,
+    RobeArray,
+    RobeEmbedding,
+    RobeEmbeddingBag,
     SharedArray,
     roast_param_groups,
     scale_memory_gradients,
 )
 from quernel.nn._tile_ops import TileOperands, tile_scatter
-from quernel.nn.hashed._memory import DIVISORS, gradient_divisors, hashed_weights, project, slot_sums
+from quernel.nn.hashed._memory import DIVISORS, gradient_divisors, project, readers_of, slot_sums
 from quernel.nn.weights.hashed import HashedWeight
 
 
@@ -48,7 +51,7 @@ def test_next_seeds_differ_and_go_on_after_loading() -> None:
 
 def test_counts_and_sums_of_scales() -> None:
     memory = SharedArray(50, seed=1)
-    weights = hashed_weights(model_of_three(memory))
+    weights = readers_of(model_of_three(memory))
     c, s, q = slot_sums(weights, 50)
     wanted = np.zeros((3, 50))
     for weight in weights:
@@ -61,10 +64,10 @@ def test_counts_and_sums_of_scales() -> None:
 def test_gradient_scales(kind) -> None:
     memory = SharedArray(300, seed=1)  # more slots than weights: some are read by none
     layers = model_of_three(memory)
-    c, s, q = slot_sums(hashed_weights(layers), 300)
+    c, s, q = slot_sums(readers_of(layers), 300)
     assert bool((c == 0).any()) and bool((c > 1).any())
     wanted = {"none": c * 0 + 1, "mean-sq": s**2 / c, "s": s, "s/c": s / c, "sqrt q": q**0.5, "q": q}[kind]
-    divisors = gradient_divisors(hashed_weights(layers), 300, kind)
+    divisors = gradient_divisors(readers_of(layers), 300, kind)
     assert torch.equal(divisors[c == 0], torch.ones(int((c == 0).sum()), dtype=torch.float64))
     torch.testing.assert_close(divisors[c > 0], wanted[c > 0])
 
@@ -85,7 +88,7 @@ def test_gradient_scales(kind) -> None:
 def test_divided_by_q_a_step_is_the_projection_of_the_dense_step() -> None:
     memory = SharedArray(50, seed=1, dtype=torch.float64)
     layers = model_of_three(memory)
-    weights = hashed_weights(layers)
+    weights = readers_of(layers)
     steps = {w: torch.randn(w.shape, dtype=torch.float64) for w in weights}
     sum((w.dense() * step).sum() for w, step in steps.items()).backward()  # type: ignore[union-attr]
     moved = memory.values.grad / gradient_divisors(weights, 50, "q")
@@ -98,7 +101,7 @@ def test_divided_by_q_a_step_is_the_projection_of_the_dense_step() -> None:
 
 def test_projection_is_least_squares() -> None:
     memory = SharedArray(30, seed=1, dtype=torch.float64)
-    weights = hashed_weights(model_of_three(memory))
+    weights = readers_of(model_of_three(memory))
     targets = {w: torch.randn(w.shape, dtype=torch.float64) for w in weights}
     columns = []
     for slot in range(30):
@@ -149,6 +152,59 @@ def test_the_size_of_the_array_s_numbers_does_not_matter_to_adam() -> None:
         return layer.materialize().detach()
 
     torch.testing.assert_close(trained(1.0), trained(0.01), rtol=1e-3, atol=1e-4)
+
+
+def fields_and_a_layer() -> tuple[SharedArray, nn.ModuleList]:
+    """Return layers of ROBE and of ROAST over one array."""
+    memory = RobeArray(200, seed=1)
+    fields = RobeEmbeddingBag([9, 30], 4, memory=memory, mode=None, offset=0, scale=[0.5, 2.0], padding_idx=0)
+    table = RobeEmbedding(20, 6, memory=memory, field=1, scale=3.0)
+    return memory, nn.ModuleList([fields, table, RoastLinear(9, 7, memory=memory, tile=(2, 4), scale=0.25)])
+
+
+def test_readers_of_both_kinds_are_counted() -> None:
+    memory, layers = fields_and_a_layer()
+    wanted = np.zeros((3, 200))
+    fields, table, layer = layers
+    for mapped, rows, scale in (
+        (fields.map, range(1, 9), 0.5),
+        (fields.map, range(10, 39), 2.0),
+        (table.map, range(20), 3),
+    ):
+        for slot in mapped.index(np.array(rows)).ravel():
+            wanted[:, slot] += (1, scale, scale**2)
+    for slot in slots_of(layer.weight):
+        wanted[:, slot] += (1, 0.25, 0.0625)
+    np.testing.assert_allclose(torch.stack(slot_sums(readers_of(layers), 200)).numpy(), wanted)
+    (handle,) = scale_memory_gradients(layers, "q")
+    table(torch.arange(20)).sum().backward()
+    scaled, memory.values.grad = memory.values.grad, None
+    handle.remove()
+    table(torch.arange(20)).sum().backward()
+    q = torch.from_numpy(wanted[2]).float()
+    torch.testing.assert_close(scaled, memory.values.grad / torch.where(q > 0, q, 1))
+
+
+def test_arrays_of_embeddings_get_no_weight_decay() -> None:
+    memory, layers = fields_and_a_layer()
+    arrays, rest = roast_param_groups(layers, 1e-3, weight_decay=0.1)
+    assert arrays["params"] == [memory.values] and arrays["weight_decay"] == 0
+    numbers, scales = np.array([36, 120, 120, 63]), np.array([0.5, 2.0, 3.0, 0.25])
+    assert arrays["lr"] == pytest.approx(1e-3 / np.sqrt((numbers * scales**2).sum() / numbers.sum()))
+    assert rest["weight_decay"] == 0.1 and len(rest["params"]) == 1  # the bias
+    alone = RobeEmbedding(None, 16, size=1000)
+    (group,) = roast_param_groups(alone, 1e-3, weight_decay=0.1)
+    assert group == {"params": [alone.memory.values], "lr": 1e-3, "weight_decay": 0.0}
+    with pytest.raises(QuernelError, match="how many rows of an open vocabulary share a slot is not known"):
+        scale_memory_gradients(alone)
+
+
+def test_frozen_arrays_are_left_alone() -> None:
+    memory, layers = fields_and_a_layer()
+    memory.values.requires_grad_(False)
+    (rest,) = roast_param_groups(layers, 1e-3)
+    assert all(p is not memory.values for p in rest["params"])
+    assert scale_memory_gradients(layers) == []
 
 
 def test_bad_arguments_are_named() -> None:

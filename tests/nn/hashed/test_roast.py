@@ -297,6 +297,8 @@ def test_compiled_training_step() -> None:
         ),
         ({"tile": (0, 4)}, "tile must be an integer in"),
         ({"tile": (4, 4, 4)}, "tile must be two integers"),
+        ({"tile": 16}, "tile must be two integers, rows and columns; got 16"),
+        ({"in_features": "7"}, "in_features must be an integer in"),
         ({"mode": "fast"}, "mode must be one of 'memory', 'speed'"),
         ({"scale": float("nan")}, "scale must be a finite number"),
         ({"signs": 1}, "signs must be bool"),
@@ -318,8 +320,20 @@ def test_bad_inputs_are_named() -> None:
         RoastLinear(7, 5, memory=array())(torch.zeros(2, 8))
     with pytest.raises(QuernelError, match=r"x must have shape \(N, 4, H, W\)"):
         RoastConv2d(4, 6, 3, memory=array())(torch.zeros(2, 5, 8, 8))
-    with pytest.raises(QuernelError, match="groups must divide 4 and 6 channels; got 4"):
-        RoastConv2d(4, 6, 3, groups=4, memory=array())
+    for options, message in (
+        ({"groups": 4}, "groups must divide 4 and 6 channels; got 4"),
+        ({"groups": 0}, "groups must be an integer in"),
+        ({"in_channels": 0}, "in_channels must be an integer in"),
+        ({"in_channels": 4.0}, "in_channels must be an integer in"),
+        ({"out_channels": 0}, "out_channels must be an integer in"),
+        ({"kernel_size": (3, 0)}, r"kernel_size must be an integer in \[1, inf\); got 0"),
+        ({"kernel_size": (3, 3, 3)}, r"kernel_size must be one or two integers; got \(3, 3, 3\)"),
+        ({"kernel_size": 2.5}, "kernel_size must be an integer in"),
+        ({"tile": 16}, "tile must be two integers, rows and columns; got 16"),
+    ):
+        arguments: Any = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "memory": array()}
+        with pytest.raises(QuernelError, match=message):
+            RoastConv2d(**arguments | options)
     config = RoastLinear(7, 5, memory=array()).config()
     config["weight"]["config"]["hash"] = 2
     with pytest.raises(QuernelError, match="hash must be at most 1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from quernel import testing
 from quernel._errors import QuernelError
 from quernel._load import save_model
 from quernel.hashing import BlockMap, mix64
-from quernel.nn import RobeArray, RobeEmbedding, SharedArray
+from quernel.nn import RobeArray, RobeEmbedding, RobeEmbeddingBag, SharedArray
 from tests.reference import robe as oracle
 
 
@@ -72,6 +73,32 @@ def test_offset_joins_tables_into_one() -> None:
     one = RobeEmbedding(100, 8, memory=memory, offset=0)
     two = RobeEmbedding(60, 8, memory=memory, offset=40)
     assert torch.equal(two(torch.arange(60)), one(torch.arange(40, 100)))
+
+
+def test_fields_have_maps_of_their_own() -> None:
+    memory = RobeArray(500)
+    tables = [RobeEmbedding(100, 8, memory=memory, field=f)(torch.arange(100)) for f in (0, 1, 2)]
+    # Two rows agree in one of 8 numbers by chance less than once in a hundred: the maps have nothing in common.
+    assert all(float((a == b).float().mean()) < 0.05 for a, b in itertools.combinations(tables, 2))
+    alone = RobeEmbedding(100, 8, size=500)
+    assert alone.map.config() == RobeEmbedding(100, 8, size=500, field=0).map.config()
+
+
+def test_sizes_from_numpy_are_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(RobeEmbedding(np.int64(30), np.int64(8), size=np.int64(50), block=np.int32(4)))  # type: ignore[arg-type]
+    twin = quernel.load(save_model(model, tmp_path / "model"), model=lambda: nn.Sequential(nn.Identity()))
+    assert torch.equal(twin(torch.arange(30)), model(torch.arange(30)))
+
+
+def test_the_array_is_not_decayed() -> None:
+    memory = RobeArray(100)
+    table = RobeEmbedding(30, 8, memory=memory, field=0)
+    (group,) = table.param_groups(0.5)
+    assert group == {"params": [memory.values], "lr": 0.5, "weight_decay": 0.0}
+    (of_bag,) = RobeEmbeddingBag([9, 8], 4, memory=memory, offset=0).param_groups(0.5)
+    assert of_bag == group
+    with pytest.raises(QuernelError, match="lr must be a finite number"):
+        table.param_groups(-1.0)
 
 
 def test_a_shared_array_is_one_parameter() -> None:
@@ -133,7 +160,7 @@ def test_open_vocabularies_take_ids_never_seen() -> None:
 @pytest.mark.parametrize("stride", [1, 2, 2**10, 2**20])
 def test_starts_are_uniform_over_a_prime(stride: int) -> None:
     # 10^6 keys over 997 slots; the specification's level, at a fixed seed.
-    mapped = RobeEmbedding(None, 1, memory=RobeArray(997, seed=1)).map
+    mapped = RobeEmbedding(None, 1, memory=RobeArray(997, seed=1), field=0).map
     counts = np.bincount(mapped.index(np.arange(10**6) * stride)[:, 0], minlength=997)
     assert stats.chisquare(counts).pvalue > 1e-3
 
@@ -175,13 +202,13 @@ def test_scale_like_gives_every_field_its_own_magnitude() -> None:
 
 
 def test_without_signs() -> None:
-    table = RobeEmbedding(30, 8, memory=RobeArray(50, signs=False))
+    table = RobeEmbedding(30, 8, memory=RobeArray(50, signs=False), field=0)
     values = table.memory.values.detach()
     assert torch.equal(table(torch.arange(30)), values[torch.from_numpy(table.map.index(np.arange(30)))])
 
 
 def test_a_plain_shared_array_works_too(tmp_path: Path) -> None:
-    model = nn.Sequential(RobeEmbedding(30, 8, memory=SharedArray(50, seed=1)))
+    model = nn.Sequential(RobeEmbedding(30, 8, memory=SharedArray(50, seed=1), field=0))
     folder = save_model(model, tmp_path / "model")
     twin = quernel.load(folder, model=lambda: nn.Sequential(nn.Identity()))
     assert type(twin[0].memory) is SharedArray
@@ -236,8 +263,10 @@ def test_empty_batch() -> None:
         (lambda: RobeEmbedding(10, 0, size=64), "dim must be an integer"),
         (lambda: RobeEmbedding(0, 16, size=64), "num_embeddings must be an integer"),
         (lambda: RobeEmbedding(10, 16), "memory or size must be given"),
-        (lambda: RobeEmbedding(10, 16, size=64, memory=RobeArray(64)), "memory or size must be given"),
-        (lambda: RobeEmbedding(10, 16, memory=nn.Linear(2, 2)), "memory must be a SharedArray; got Linear"),
+        (lambda: RobeEmbedding(10, 16, size=64, memory=RobeArray(64), field=0), "memory or size must be given"),
+        (lambda: RobeEmbedding(10, 16, memory=nn.Linear(2, 2), field=0), "memory must be a SharedArray; got Linear"),
+        (lambda: RobeEmbedding(10, 16, memory=RobeArray(64)), "field or offset must be given with memory: layers with"),
+        (lambda: RobeEmbedding(10, 16, size=64, field=1, offset=5), "field or offset must be given, not both"),
         (lambda: RobeEmbedding(10, 16, size=64, field=-1), "field must be an integer"),
         (lambda: RobeEmbedding(10, 16, size=64, offset=-1), "offset must be an integer"),
         (lambda: RobeEmbedding(10, 16, size=64, offset=2**63 - 5), "num_embeddings and offset must stay below"),

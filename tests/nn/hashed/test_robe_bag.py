@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_weighted_sums() -> None:
 @pytest.mark.parametrize("mode", [None, "sum", "mean"])
 def test_fields_are_tables_behind_each_other(mode: Any) -> None:
     sizes, memory = [50, 9, 20], RobeArray(300, seed=3)
-    fields = RobeEmbeddingBag(sizes, 8, memory=memory, mode=mode, scale=[1.0, 0.5, 2.0])
+    fields = RobeEmbeddingBag(sizes, 8, memory=memory, mode=mode, scale=[1.0, 0.5, 2.0], offset=0)
     ids = torch.stack([torch.randint(0, size, (7,)) for size in sizes], dim=1)
     rows = [
         RobeEmbedding(size, 8, memory=memory, offset=sum(sizes[:f]), scale=scale)(ids[:, f])
@@ -74,7 +75,7 @@ def test_fields_are_tables_behind_each_other(mode: Any) -> None:
 
 def test_fields_with_weights_and_padding() -> None:
     fields = RobeEmbeddingBag([5, 6], 4, size=40, mode="sum", padding_idx=0)
-    apart = RobeEmbeddingBag([5, 6], 4, memory=fields.memory, mode=None, padding_idx=0)
+    apart = RobeEmbeddingBag([5, 6], 4, memory=fields.memory, mode=None, padding_idx=0, offset=0)
     ids, weights = torch.tensor([[0, 1], [2, 0], [0, 0]]), torch.randn(3, 2)
     torch.testing.assert_close(fields(ids, None, weights), apart(ids, None, weights).sum(1), **CLOSE)
     assert not apart(ids)[ids == 0].any()
@@ -87,6 +88,12 @@ def test_initial_values_follow_the_largest_vocabulary() -> None:
     fields = RobeEmbeddingBag([10, 4000], 8, size=10_000, mode=None, scale="like")
     assert fields.memory.bound == 4000**-0.5
     assert fields.scale == pytest.approx([(4000 / 10) ** 0.5, 1.0])
+
+
+def test_a_vocabulary_from_numpy_is_one_table() -> None:
+    bag = RobeEmbeddingBag(np.int64(20), 6, size=40)  # type: ignore[arg-type]
+    assert bag.one_table and json.dumps(bag.config())
+    assert bag(torch.zeros(4, 3, dtype=torch.long)).shape == (4, 6)
 
 
 def test_a_field_number_keeps_layers_apart() -> None:
@@ -126,6 +133,11 @@ def test_empty_batches_and_bags() -> None:
         (lambda: RobeEmbeddingBag([9, 5], 4, size=20)(torch.zeros(2, 3, dtype=torch.long)), r"shape \(..., 2\)"),
         (lambda: RobeEmbeddingBag([9, 5], 4, size=20)(torch.tensor([[0, 5]])), r"ids of field 1 must be in \[0, 5\)"),
         (lambda: RobeEmbeddingBag(9, 4, size=20)(torch.zeros(3, dtype=torch.long)), "ids must have 2 dimensions"),
+        (
+            lambda: RobeEmbeddingBag([9, 5], 4, size=20)(torch.zeros(3, 2).long(), None, torch.ones(2, 3)),
+            r"per_sample_weights must have the shape of ids, \(3, 2\); got \(2, 3\)",
+        ),
+        (lambda: RobeEmbeddingBag(9, 4, memory=RobeArray(64)), "field or offset must be given with memory"),
         (
             lambda: RobeEmbeddingBag(9, 4, size=20)(torch.zeros(3, dtype=torch.long), torch.zeros(1)),
             "offsets must be integers",

@@ -20,8 +20,8 @@ from quernel._random import spawn, torch_generator
 from quernel._registry import register
 from quernel._validate import all_finite, check_choice, check_float, check_int, check_type
 from quernel.compress._context import Context, observe_inputs, tied_elsewhere
+from quernel.compress._example_models import two_layer_example
 from quernel.compress._method import LayerPlan, Method, Plan, Scalar
-from quernel.compress.lowrank.welore import two_layer_example
 from quernel.compress.quant._adjacent import activations_after, sole_readers
 from quernel.kernels.features.hadamard import padded_size
 from quernel.kernels.features.orthogonal import PROJECTIONS, Projection
@@ -78,7 +78,7 @@ class _Fit:
 
 
 def _example() -> dict[str, Any]:
-    return two_layer_example(SNNK(target=0.2))  # type: ignore[arg-type]
+    return two_layer_example(SNNK(target=0.2))
 
 
 @register("snnk", pillar="compress", contract="method", paper="2310.13225", status="experimental", example=_example)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quernel._registry import register
+from quernel.compress._example_models import two_layer_example
 from quernel.compress.lowrank._layers import Layer
 from quernel.compress.lowrank._low_rank import LowRankMethod
 from quernel.compress.lowrank._ranks import RankChoice, Shape, uniform_ranks
-from quernel.compress.lowrank.welore import two_layer_example
 
 
 def _example() -> dict[str, Any]:

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
 from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice
+from quernel.compress._example_models import two_layer_example
 from quernel.compress._method import Method
 from quernel.compress.lowrank._layers import Layer
 from quernel.compress.lowrank._low_rank import LowRankMethod
@@ -29,24 +27,6 @@ from quernel.compress.lowrank._ranks import (
     threshold_for_ranks,
 )
 from quernel.compress.lowrank._spectra import spectrum_of, whitened_spectrum
-
-
-def two_layer_example(method: LowRankMethod) -> dict[str, Any]:
-    """Return what the conformance suite needs: a small model with decaying spectra, and data for it."""
-
-    def model() -> nn.Module:
-        generator = torch.Generator().manual_seed(0)
-        layers = [nn.Linear(24, 48), nn.Linear(48, 24), nn.Linear(24, 5)]
-        with torch.no_grad():
-            for layer in layers:
-                scale = torch.logspace(0, -2, layer.in_features)
-                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * scale)
-                layer.bias.uniform_(-0.1, 0.1, generator=generator)
-        return nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2]).eval()
-
-    generator = torch.Generator().manual_seed(1)
-    data = [torch.randn(16, 24, generator=generator) for _ in range(4)]
-    return {"method": method, "model": model, "data": data, "example_inputs": (data[0],)}
 
 
 def _example() -> dict[str, Any]:

@@ -24,8 +24,8 @@ from quernel._random import spawn, torch_generator
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.compress._context import Context, is_below, tied_elsewhere
+from quernel.compress._example_models import two_layer_example
 from quernel.compress._method import LayerPlan, Method, Plan, Scalar
-from quernel.compress.lowrank.welore import two_layer_example
 from quernel.hashing import BlockMap, TileMap
 from quernel.nn import RoastConv2d, RoastEmbedding, RoastLinear, SharedArray, replace_module
 from quernel.nn.hashed._memory import project
@@ -61,7 +61,7 @@ class _Share:
 
 
 def _example() -> dict[str, Any]:
-    return two_layer_example(Roast(ratio=0.2, tile=8, min_numel=64))  # type: ignore[arg-type]
+    return two_layer_example(Roast(ratio=0.2, tile=8, min_numel=64))
 
 
 @register("roast", pillar="compress", contract="method", paper="2207.10702", status="stable", example=_example)
@@ -74,7 +74,7 @@ class Roast(Method):
     ratio : float, default=0.1
         Numbers of the shared arrays over numbers of the weights that they replace, in (0, 1].
     sharing : {"global", "local"}, default="global"
-        One array for all weights, or one a weight.
+        One array for all weights, and one for those that are frozen; or one a weight.
     tile : int, default=32
         Side of a tile; where an array is smaller than four tiles, the largest power of two that fits.
     min_numel : int, default=4096
@@ -138,7 +138,7 @@ class Roast(Method):
         taken: dict[int, dict[str, nn.Module]] = {}
         selected = context.selected(model, self.targets)
         for name, module in selected:
-            reason = self._reason_to_skip(model, module, [m for _, m in selected])
+            reason = self._reason_to_skip(model, name, module, [m for _, m in selected])
             if reason:
                 plans[name] = LayerPlan(name, "keep", reason)
             else:
@@ -199,14 +199,14 @@ class Roast(Method):
         for name, layer in layers.items():
             if layer.weight not in weights:
                 own = layer.materialize() if readers[layer.weight] == 1 else layer.weight.dense()
-                weights[layer.weight] = nn.Parameter(own.detach().clone())
+                weights[layer.weight] = nn.Parameter(own.detach().clone(), layer.memory.values.requires_grad)
             dense = _dense(layer, weights[layer.weight])
             if not name:
                 return dense.train(layer.training)
             replace_module(work, name, dense)
         return work
 
-    def _reason_to_skip(self, model: nn.Module, module: Any, targets: list[nn.Module]) -> str:
+    def _reason_to_skip(self, model: nn.Module, name: str, module: Any, targets: list[nn.Module]) -> str:
         weight = module.weight
         if not isinstance(weight, nn.Parameter):
             return "its weight is computed from others"
@@ -217,7 +217,7 @@ class Roast(Method):
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
             return "max_norm and scale_grad_by_freq need rows of their own"
         if not bool(weight.isfinite().all()):
-            raise QuernelError("a weight holds NaN or infinity; repair or exclude the layer")
+            raise QuernelError(f"{name!r} holds NaN or infinity; repair or exclude the layer")
         holders = [m for m in targets if cast(Any, m).weight is weight]
         if any(isinstance(m, nn.Conv2d) for m in holders) and len(holders) > 1:
             return "its kernel is tied to another layer"
@@ -226,7 +226,9 @@ class Roast(Method):
 
     def _shares(self, groups: list[_Group]) -> Iterator[_Share]:
         """Say which weights share an array, of how many numbers and which root mean square."""
-        for together in ([groups] if groups else []) if self.sharing == "global" else [[group] for group in groups]:
+        # A frozen weight must not move with the others: frozen ones have an array of their own.
+        kinds = [[g for g in groups if g.weight.requires_grad is trained] for trained in (True, False)]
+        for together in filter(None, kinds) if self.sharing == "global" else [[group] for group in groups]:
             numbers = sum(group.weight.numel() for group in together)
             total = sum(group.weight.numel() * group.rms**2 for group in together)
             yield _Share(together, max(1, round(self.ratio * numbers)), (total / numbers) ** 0.5)
@@ -242,7 +244,9 @@ class Roast(Method):
         for weight in weights[1:]:
             dtype = torch.promote_types(dtype, weight.dtype)
         bound = 3**0.5 * share.rms
-        return SharedArray(share.size, seed=seed, bound=bound, dtype=dtype, generator=generator).to(weights[0].device)
+        memory = SharedArray(share.size, seed=seed, bound=bound, dtype=dtype, generator=generator)
+        memory.values.requires_grad_(weights[0].requires_grad)
+        return memory.to(weights[0].device)
 
     def _view(self, memory: SharedArray, group: _Group, rms: float) -> HashedWeight:
         scale, shape, size = group.rms / rms, tuple(group.weight.shape), memory.size
@@ -263,6 +267,10 @@ class Roast(Method):
         if made and context.finetune is None:
             state = "fresh random numbers" if self.init == "std" else "a rough projection of the trained ones"
             found.append(f"the weights are {state}: train the model, or pass finetune=")
+        frozen = [name for name, layer in made.items() if not cast(Any, layer).memory.values.requires_grad]
+        if frozen:
+            names = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
+            found.append(f"frozen weights stay frozen, so nothing trains what they are now: {names}")
         return tuple(found)
 
 

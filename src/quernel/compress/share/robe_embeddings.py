@@ -155,7 +155,7 @@ class RobeEmbeddings(Method):
                 for field, (name, table) in enumerate(tables.items())
             }
             memory.fit([(layers[name], table.weight) for name, table in tables.items()])
-            memory.values.requires_grad_(any(table.weight.requires_grad for table in tables.values()))
+            memory.values.requires_grad_(first.requires_grad)
             for name, layer in layers.items():
                 replace_module(model, name, layer)
 
@@ -179,10 +179,11 @@ class RobeEmbeddings(Method):
         return ""
 
     def _groups(self, tables: dict[str, Table]) -> list[_Group]:
-        """Group tables by what one array can hold: one dtype on one device."""
-        kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+        """Group tables by what one array can hold: one dtype on one device, all trained or all frozen."""
+        kinds: dict[tuple[torch.dtype, torch.device, bool], list[str]] = {}
         for name, table in tables.items():
-            kinds.setdefault((table.weight.dtype, table.weight.device), []).append(name)
+            weight = table.weight
+            kinds.setdefault((weight.dtype, weight.device, weight.requires_grad), []).append(name)
         groups = []
         for names in kinds.values():
             rms = {name: float(tables[name].weight.detach().float().square().mean().sqrt()) for name in names}

@@ -21,6 +21,8 @@ from quernel._registry import register
 from quernel._validate import check_choice, check_int, check_type
 from quernel.nn._block_plain import wide_dtype
 from quernel.nn._pair_kernels import GAP, MEAN, SOFTMAX, SQRT
+from quernel.nn._pair_plain import INTEGERS
+from quernel.nn._stored import applied
 from quernel.nn.attention._pair_stream import PairStream
 from quernel.nn.attention.pair_table import PairTable
 
@@ -78,8 +80,8 @@ class PairConnect(nn.Module):
 
     References
     ----------
-    "PairConnect: A Compute-Efficient MLP Alternative to Attention", arXiv 2106.08235, 2021. Its text was not at hand:
-    the layer follows its abstract.
+    Xu et al., "PairConnect: A Compute-Efficient MLP Alternative to Attention", arXiv 2106.08235, 2021.
+    The layer is reconstructed from the abstract.
 
     Examples
     --------
@@ -163,7 +165,7 @@ class PairConnect(nn.Module):
             return y
         there = ids[:, ids.shape[1] - (queries or ids.shape[1]) :, None] != GAP
         # The projection's bias must not appear where there is no token.
-        return self.out_proj(y.to(self.out_proj.weight.dtype)) * there
+        return applied(self.out_proj, y) * there
 
     def start(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """Return the state of ``batch`` streams before their first token: room for W ids, none of them there."""
@@ -189,7 +191,8 @@ class PairConnect(nn.Module):
     def stream(self, batch: int = 1) -> PairStream:
         """Return ``batch`` streams that decode with the least delay: ``stream.step(ids)``, on a CPU, without gradients.
 
-        Equal to ``step``, which works everywhere, compiles, and leaves its state as it is.
+        Equal to ``step``, which works everywhere, compiles, and leaves its state as it is. The layer may be trained or
+        cast between steps.
         """
         return PairStream(self, check_int("batch", batch, low=1))
 
@@ -246,7 +249,14 @@ def masked(ids: Tensor, mask: Tensor) -> Tensor:
             f"mask must be boolean of the shape of ids, {tuple(ids.shape)}; got {mask.dtype} {tuple(mask.shape)}. "
             "Pass mask.bool()"
         )
-    return (ids if ids.dtype is torch.int32 else ids.long()).masked_fill(~mask, GAP)
+    return whole(ids).masked_fill(~mask, GAP)
+
+
+def whole(ids: Tensor) -> Tensor:
+    """Return ids as int32, if they are, or int64; fractions are refused, not cut off."""
+    if ids.dtype not in INTEGERS:
+        raise QuernelError(f"ids must be integers; got {ids.dtype}. Convert them with .long()")
+    return ids if ids.dtype is torch.int32 else ids.long()
 
 
 def empty_state(batch: int, window: int | None, vocab: int | None, device: torch.device | str | None) -> Tensor:
@@ -260,10 +270,13 @@ def advanced(state: Tensor, ids: Tensor, window: int | None) -> Tensor:
     """Return the state with one id a stream appended, and the oldest dropped where there is a window."""
     if ids.shape != state.shape[:1]:
         raise QuernelError(f"ids must have shape ({state.shape[0]},), one a stream; got {tuple(ids.shape)}")
-    if ids.dtype is not state.dtype:
-        # An id beyond 32 bits must not become a small one: it stays out of range.
-        ids = ids.clamp(-(2**31) + 1, 2**31 - 1).to(state.dtype)
+    ids = ids if ids.dtype is state.dtype else narrowed(ids, state.dtype)
     return torch.cat((state if window is None else state[:, 1:], ids.unsqueeze(1)), 1)
+
+
+def narrowed(ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ids in the dtype of a state; one that does not fit becomes no id in range, and no padding."""
+    return whole(ids).clamp(-(2**31) + 1, 2**31 - 1).to(dtype)
 
 
 def param_groups(

@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int, check_type
+from quernel.hashing.block_map import check_hash
 from quernel.hashing.mixers import mix64
+from quernel.nn._block_plain import wide_dtype
 from quernel.nn._pair_ops import pair_rows, pair_sum
 from quernel.nn._pair_plain import STORED, Layout, shares_of
 from quernel.nn._shared_array import SharedArray
@@ -33,6 +35,8 @@ Combine = Literal["concat", "sum"]
 # Beyond it ``fastrange`` would take the long product.
 MOST_ROWS = 2**32 - 1
 BUDGET_BYTES = 2**32
+# Of the hash of pairs and the place of chunks: another version is another table.
+HASH = 1
 _OPTIONS = ("n_rows", "dim", "n_hashes", "seed", "direct", "storage", "vocab", "combine", "sparse", "std")
 
 
@@ -99,7 +103,7 @@ class PairTable(nn.Module):
 
     References
     ----------
-    "PairConnect: A Compute-Efficient MLP Alternative to Attention", arXiv 2106.08235, 2021.
+    Xu et al., "PairConnect: A Compute-Efficient MLP Alternative to Attention", arXiv 2106.08235, 2021.
 
     Examples
     --------
@@ -132,7 +136,7 @@ class PairTable(nn.Module):
     ) -> None:
         super().__init__()
         self.direct = check_type("direct", direct, bool)
-        self.vocab = None if vocab is None else check_int("vocab", vocab, low=1, high=2**31)
+        self.vocab = None if vocab is None else check_int("vocab", vocab, low=1, high=2**31 - 1)
         self.n_rows = check_int("n_rows", n_rows, low=1, high=MOST_ROWS)
         self.dim = check_int("dim", dim, low=1)
         self.n_hashes = (1 if direct else 2) if n_hashes is None else check_int("n_hashes", n_hashes, low=1)
@@ -178,6 +182,12 @@ class PairTable(nn.Module):
     def nbytes(self) -> int:
         """Bytes stored."""
         return unique_bytes(self)
+
+    @property
+    def dtype_of_sums(self) -> torch.dtype:
+        """Dtype of the sums of stored rows: bfloat16 rows are a storage, but a model cast to it computes in it."""
+        stored = self.weight.dtype
+        return stored if self.storage == "dense" else wide_dtype(stored)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -235,9 +245,7 @@ class PairTable(nn.Module):
         else:
             weight = self.weight
             y = pair_sum(weight, ids, layout, scores=scores, relative=relative, queries=queries, sparse=self.sparse)
-            # Rows in bfloat16 are a storage; a model cast to bfloat16 computes in it.
-            if self.storage == "dense" and y.dtype is not weight.dtype:
-                y = y.to(weight.dtype)
+            y = y.to(self.dtype_of_sums)
         return self._combined(y)
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:  # two of one shape -> (*shape, dim)
@@ -267,7 +275,7 @@ class PairTable(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Return sizes, kinds, seed and, for "robe", the description of the views."""
-        described = {name: getattr(self, name) for name in _OPTIONS}
+        described = {name: getattr(self, name) for name in _OPTIONS} | {"hash": HASH}
         if self.storage == "robe":
             return described | {"views": self.views.config()}
         return described | {"dtype": dtype_name(self.weight.dtype)}
@@ -275,6 +283,7 @@ class PairTable(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build a table without values from ``config()``; a loader fills it."""
+        check_hash(config.get("hash", 1), HASH)
         held = {name: config[name] for name in _OPTIONS}
         if config["storage"] == "robe":
             views = RobeEmbeddingBag.from_config(config["views"])
@@ -308,7 +317,7 @@ class PairTable(nn.Module):
             raise QuernelError(f"n_heads must divide n_hashes={self.n_hashes} for storage='robe'; got {layout.heads}")
         rows = pair_rows(ids, layout, self.n_rows * self.n_hashes, queries=queries)  # (B, Q, hashes, distances)
         values = self.views.memory.values
-        shares = shares_of(scores, relative, rows, layout, ids.shape[1], values.dtype)
+        shares = shares_of(scores, relative, rows, layout, ids.shape[1], wide_dtype(values.dtype))
         shares = shares.repeat_interleave(self.n_hashes // layout.heads, dim=2)
         y = self.views(rows.flatten(0, 2), per_sample_weights=shares.reshape(-1, shares.shape[-1]))
         return y.reshape(*rows.shape[:2], layout.width)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_int, check_type
-from quernel.nn.attention.pair_connect import masked
+from quernel.nn.attention.pair_connect import masked, whole
 from quernel.nn.weights._base import dtype_name
 from quernel.nn.weights.dense import DTYPES
 
@@ -76,7 +76,7 @@ class TokenAttention(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, dim)
         """Return the mixed tokens; ``mask`` (B, T) is True where a token counts, outputs elsewhere are zero."""
-        keys = ids.long() if mask is None else masked(ids, mask).long()
+        keys = (whole(ids) if mask is None else masked(ids, mask)).long()
         x = self.embedding(keys if mask is None else keys.clamp_min(0))
         x = x if self.norm is None else self.norm(x)
         if len(ids) == 0:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from quernel._errors import QuernelError
 from quernel._validate import check_choice, check_float
 from quernel.nn._shared_array import SharedArray
+from quernel.nn.hashed._robe import Robe
 from quernel.nn.weights.hashed import HashedWeight
 
 GradientScale = Literal["none", "mean-sq", "s", "s/c", "sqrt q", "q"]
+Reader = HashedWeight | Robe
 
 # What the gradient of a slot is divided by, from count, sum and sum of squares of the scales of its weights.
 DIVISORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -32,27 +34,28 @@ DIVISORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def hashed_weights(model: nn.Module) -> list[HashedWeight]:
-    """Return the views in a model, each once."""
-    return [module for module in model.modules() if isinstance(module, HashedWeight)]
+def readers_of(model: nn.Module) -> list[Reader]:
+    """Return the views of shared arrays in a model, each once."""
+    return [module for module in model.modules() if isinstance(module, Reader)]
 
 
-def slot_sums(weights: Iterable[HashedWeight], size: int) -> tuple[Tensor, Tensor, Tensor]:
+def slot_sums(readers: Iterable[Reader], size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return count c, sum s and sum of squares q of the scales of the weights in every slot, float64 (size,) each."""
     c, s, q = (torch.zeros(size, dtype=torch.float64) for _ in range(3))
-    for weight in weights:
-        counts = weight.counts()
-        c += counts
-        # Signs are apart: a scale counts by its size.
-        s += abs(weight.scale) * counts
-        q += weight.scale**2 * counts
+    for reader in readers:
+        for scale, counts in reader.part_counts():
+            held = counts.cpu()
+            c += held
+            # Signs are apart: a scale counts by its size.
+            s += abs(scale) * held
+            q += scale**2 * held
     return c, s, q
 
 
-def gradient_divisors(weights: Iterable[HashedWeight], size: int, kind: GradientScale) -> Tensor:
+def gradient_divisors(readers: Iterable[Reader], size: int, kind: GradientScale) -> Tensor:
     """Return what the gradient of every slot is divided by, float64 (size,); 1 where nothing reads the slot."""
     check_choice("kind", kind, tuple(DIVISORS))
-    c, s, q = slot_sums(weights, size)
+    c, s, q = slot_sums(readers, size)
     return torch.where(c > 0, DIVISORS[kind](c.clamp_min(1), s, q), 1.0)
 
 
@@ -82,11 +85,13 @@ def scale_memory_gradients(model: nn.Module, kind: GradientScale = "q") -> list[
     1
     """
     handles = []
-    for values, weights in _by_array(model).values():
-        divisors = gradient_divisors(weights, len(values), kind).to(values.device, values.dtype)
-        handles.append(values.register_hook(lambda grad, d=divisors: grad / d))
-    if not handles:
+    arrays = _by_array(model)
+    if not arrays:
         raise QuernelError("model holds no layer over a shared array; build it of RoastLinear or apply Roast first")
+    for values, readers in arrays.values():
+        if values.requires_grad:
+            divisors = gradient_divisors(readers, len(values), kind).to(values.device, values.dtype)
+            handles.append(values.register_hook(lambda grad, d=divisors: grad / d))
     return handles
 
 
@@ -102,6 +107,7 @@ def roast_param_groups(
     Parameters
     ----------
     model : nn.Module
+        Its layers may be those of ROAST and of ROBE.
     lr : float
         The rate that a dense model would get.
     memory_lr_factor : float, default=1.0
@@ -126,9 +132,11 @@ def roast_param_groups(
     rate = check_float("lr", lr, low=0.0) * check_float("memory_lr_factor", memory_lr_factor, low=0.0)
     groups: list[dict[str, Any]] = []
     arrays = _by_array(model)
-    for values, weights in arrays.values():
-        numbers = [float(torch.Size(w.shape).numel()) for w in weights]
-        mean_square = sum(n * w.scale**2 for n, w in zip(numbers, weights, strict=True)) / sum(numbers)
+    for values, readers in arrays.values():
+        if not values.requires_grad:
+            continue
+        parts = [part for reader in readers for part in reader.parts()]
+        mean_square = sum(n * scale**2 for scale, n in parts) / sum(n for _, n in parts)
         scale = mean_square**0.5 if mean_square > 0 else 1.0
         groups.append({"params": [values], "lr": rate / scale, "weight_decay": 0.0})
     rest = [p for p in model.parameters() if id(p) not in arrays and p.requires_grad]
@@ -157,10 +165,10 @@ def project(memory: SharedArray, targets: Mapping[HashedWeight, Tensor]) -> None
     values.copy_(found.to(values.device, values.dtype))
 
 
-def _by_array(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[HashedWeight]]]:
-    """Return every shared parameter and its views; after loading, several SharedArray objects hold one parameter."""
-    found: dict[int, tuple[nn.Parameter, list[HashedWeight]]] = {}
-    for weight in hashed_weights(model):
-        values = weight.memory.values
-        found.setdefault(id(values), (values, []))[1].append(weight)
+def _by_array(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[Reader]]]:
+    """Return every shared parameter and its readers; several SharedArray objects may hold one parameter."""
+    found: dict[int, tuple[nn.Parameter, list[Reader]]] = {}
+    for reader in readers_of(model):
+        values = reader.memory.values
+        found.setdefault(id(values), (values, []))[1].append(reader)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from quernel._errors import QuernelError
 from quernel._validate import check_float, check_int, check_type
 from quernel.hashing.block_map import BlockMap
-from quernel.nn._block_ops import BlockTable, Field, scatter_rows
+from quernel.nn._block_ops import BlockTable, Field, scatter_table
 from quernel.nn._shared_array import SharedArray, check_memory
 
 # One cache line of float32, and one vector.
 DEFAULT_BLOCK = 16
-# Of a table that an array is fitted to: a temporary of this many rows.
-_ROWS_AT_ONCE = 2**14
 
 
 class RobeArray(SharedArray):
@@ -79,13 +77,9 @@ class RobeArray(SharedArray):
         wide = torch.promote_types(self.values.dtype, torch.float32)
         sums, counts = (torch.zeros(self.size, dtype=wide, device=self.values.device) for _ in range(2))
         for layer, weight in tables:
-            signed = layer.unscaled()
-            plain = layer.unscaled(signs=False)
             (scale,) = layer.scales
-            for ids in torch.arange(len(weight), device=weight.device).split(_ROWS_AT_ONCE):
-                rows = weight[ids].to(wide)
-                sums += scatter_rows(rows / scale, ids, signed)
-                counts += scatter_rows(torch.ones_like(rows), ids, plain)
+            sums += scatter_table(weight, layer.unscaled()) / scale
+            counts += scatter_table(sums.new_ones(()).expand(weight.shape), layer.unscaled(signs=False))
         self.values.copy_(sums / counts.clamp_min(1))
 
     def config(self) -> dict[str, Any]:
@@ -142,6 +136,31 @@ class Robe(nn.Module):
         """Consecutive numbers Z that share a hash."""
         return self.map.block
 
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the array with the rate of a dense model, without weight decay: a slot is many numbers by their signs.
+
+        For a model with layers over arrays of all kinds take ``quernel.nn.roast_param_groups``.
+        """
+        return [{"params": [self.memory.values], "lr": check_float("lr", lr, low=0.0), "weight_decay": 0.0}]
+
+    def parts(self) -> list[tuple[float, int]]:
+        """Return factor and numbers of each field; an open vocabulary counts as much as its array holds."""
+        rows = [self.memory.size // self.dim if self._is_open else field.limit for field in self._fields]
+        return [(field.scale, n * self.dim) for field, n in zip(self._fields, rows, strict=True)]
+
+    def part_counts(self) -> Iterator[tuple[float, Tensor]]:
+        """Yield for each field its factor and how many of its numbers are kept in every slot, float64 (m,)."""
+        if self._is_open:
+            raise QuernelError("num_embeddings is None: how many rows of an open vocabulary share a slot is not known")
+        one = torch.ones((), dtype=torch.float64, device=self.memory.values.device)
+        for field in self._fields:
+            alone = BlockTable.of(replace(self.map, signs=False), [replace(field, scale=1.0)]).on(one.device)
+            yield field.scale, scatter_table(one.expand(field.limit, self.dim), alone)
+
+    @property
+    def _is_open(self) -> bool:
+        return False
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._table = self._table.on(self.memory.values.device)
@@ -164,6 +183,15 @@ def array_of(
         return check_memory(memory, 1, "")
     bound = max(sizes) ** -0.5 if sizes else None
     return RobeArray(check_int("size", size, low=1), bound=bound, generator=generator)
+
+
+def check_told_apart(memory: SharedArray | None, field: int | None, offset: int | None) -> None:
+    """Raise if a layer over a given array would read it by the map of every other such layer."""
+    if memory is not None and field is None and offset is None:
+        raise QuernelError(
+            "field or offset must be given with memory: layers with the same map would have the same rows. Pass "
+            "another field=0, 1, ... to each layer of the array, or offset= to follow on in one table"
+        )
 
 
 def map_of(memory: SharedArray, dim: int, block: int | None, keys: tuple[int, ...]) -> BlockMap:

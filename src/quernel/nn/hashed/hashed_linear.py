@@ -1,8 +1,8 @@
 """``HashedLinear``: a weight whose every number is hashed on its own (HashedNets, arXiv 1504.04788).
 
-ROAST with tiles of one number. Each number of W costs a hash and a read at a random place, so it is an order of
-magnitude slower than ``RoastLinear`` at the same quality; it is here to be compared with. No index is stored: published
-code keeps one integer, and often a sign, for each number of W, which is more than the dense weight.
+ROAST with tiles of one number. Each number of W costs a hash and a read at a random place, where ``RoastLinear`` copies
+whole runs; it is here to be compared with. No index is stored: published code keeps one integer, and often a sign, for
+each number of W, which is more than the dense weight.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ Cost: a forward product and N K numbers copied; a backward twice that, and N K a
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Self
 
 import torch
@@ -45,20 +46,17 @@ def new_tile_weight(
     ----------
     memory : SharedArray
     shape : tuple of int
-        (out, in, *kernel).
+        (out, in, *kernel), positive.
     tile : (int, int)
         Rows and columns of a tile.
     signs, scale, mode, seed, tile_map
         As in ``RoastLinear``.
     """
-    columns = 1
-    for name, size in zip(("out", *["in"] * (len(shape) - 1)), shape, strict=True):
-        check_int(f"{name}_features", size, low=1)
-        columns *= size if name == "in" else 1
+    columns = math.prod(shape[1:])
     if tile_map is None:
-        pair = tuple(check_int("tile", size, low=1) for size in tile)
-        if len(pair) != 2:
+        if not isinstance(tile, tuple | list) or len(tile) != 2:
             raise QuernelError(f"tile must be two integers, rows and columns; got {tile!r}")
+        pair = check_int("tile", tile[0], low=1), check_int("tile", tile[1], low=1)
         check_memory(memory, pair[0] * pair[1], f"those of one tile {pair}; take a larger array or a smaller tile")
         seed = memory.next_seed() if seed is None else check_int("seed", seed)
         tile_map = TileMap(memory.size, (shape[0], columns), pair, seed, signs)
@@ -87,6 +85,13 @@ def new_bias(
     if not drawn.is_meta:
         drawn.uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
     return nn.Parameter(drawn)
+
+
+def _kernel(kernel_size: Any) -> tuple[int, int]:
+    pair = kernel_size if isinstance(kernel_size, tuple | list) else (kernel_size, kernel_size)
+    if len(pair) != 2:
+        raise QuernelError(f"kernel_size must be one or two integers; got {kernel_size!r}")
+    return check_int("kernel_size", pair[0], low=1), check_int("kernel_size", pair[1], low=1)
 
 
 def _linear_example() -> dict[str, Any]:
@@ -180,9 +185,10 @@ class RoastLinear(StoredLinear):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        shape = check_int("out_features", out_features, low=1), check_int("in_features", in_features, low=1)
         options: dict[str, Any] = {"signs": signs, "scale": scale, "mode": mode, "seed": seed, "tile_map": tile_map}
-        weight = new_tile_weight(memory, (out_features, in_features), tile, **options)
-        super().__init__(weight, new_bias(memory, out_features, in_features, bias, device, dtype, generator))
+        weight = new_tile_weight(memory, shape, tile, **options)
+        super().__init__(weight, new_bias(memory, *shape, bias, device, dtype, generator))
 
     @classmethod
     def over(cls, weight: HashedTileWeight, bias: Tensor | None = None) -> Self:
@@ -280,12 +286,13 @@ class RoastConv2d(StoredConv2d):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        if check_int("groups", groups, low=1) and (in_channels % groups or out_channels % groups):
-            raise QuernelError(f"groups must divide {in_channels} and {out_channels} channels; got {groups}")
+        inputs, outputs = check_int("in_channels", in_channels, low=1), check_int("out_channels", out_channels, low=1)
+        if inputs % check_int("groups", groups, low=1) or outputs % groups:
+            raise QuernelError(f"groups must divide {inputs} and {outputs} channels; got {groups}")
+        shape = (outputs, inputs // groups, *_kernel(kernel_size))
         options: dict[str, Any] = {"signs": signs, "scale": scale, "mode": mode, "seed": seed, "tile_map": tile_map}
-        weight = new_tile_weight(memory, (out_channels, in_channels // groups, *kernel), tile, **options)
-        drawn = new_bias(memory, out_channels, weight.mapped.shape[1], bias, device, dtype, generator)
+        weight = new_tile_weight(memory, shape, tile, **options)
+        drawn = new_bias(memory, outputs, weight.mapped.shape[1], bias, device, dtype, generator)
         geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         super().__init__(weight, drawn, padding_mode=padding_mode, **geometry)
 

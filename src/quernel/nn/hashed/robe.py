@@ -22,7 +22,7 @@ from quernel._validate import check_int, check_type
 from quernel.hashing.block_map import BlockMap
 from quernel.nn._block_ops import Field, block_bag, max_rows
 from quernel.nn._shared_array import SharedArray
-from quernel.nn.hashed._robe import Robe, array_of, map_of, padding_of, parts_of, scale_of
+from quernel.nn.hashed._robe import Robe, array_of, check_told_apart, map_of, padding_of, parts_of, scale_of
 
 
 def _embedding_example() -> dict[str, Any]:
@@ -57,8 +57,8 @@ class RobeEmbedding(Robe):
         The array, shared with whoever else is given it.
     size : int, optional
         Instead of ``memory``: numbers of an array of its own.
-    field : int, default=0
-        Tells apart the tables that share an array: each gets its own hash.
+    field : int, optional
+        Tells apart the tables that share an array: each gets its own hash. Default 0 where the array is its own.
     offset : int, optional
         Instead of ``field``: row i is number ``offset + i`` of one table over all fields.
     padding_idx : int, optional
@@ -74,7 +74,8 @@ class RobeEmbedding(Robe):
     Raises
     ------
     QuernelError
-        If a size is out of range, or an id is not in the vocabulary.
+        If a size is out of range, a given array comes without ``field`` or ``offset``, or an id is not in the
+        vocabulary.
 
     Notes
     -----
@@ -100,7 +101,7 @@ class RobeEmbedding(Robe):
         block: int | None = None,
         memory: SharedArray | None = None,
         size: int | None = None,
-        field: int = 0,
+        field: int | None = None,
         offset: int | None = None,
         padding_idx: int | None = None,
         scale: float | Literal["like"] | None = None,
@@ -109,8 +110,11 @@ class RobeEmbedding(Robe):
     ) -> None:
         super().__init__()
         vocabulary = [] if num_embeddings is None else [check_int("num_embeddings", num_embeddings, low=1)]
+        if field is not None and offset is not None:
+            raise QuernelError(f"field or offset must be given, not both; got field={field} and offset={offset}")
+        check_told_apart(memory, field, offset)
         memory = array_of(memory, size, vocabulary, generator)
-        keys = (check_int("field", field, low=0),) if offset is None else ()
+        keys = (check_int("field", 0 if field is None else field, low=0),) if offset is None else ()
         mapped = map_of(memory, dim, block, keys)
         self._set(num_embeddings, memory, mapped, 0 if offset is None else offset, padding_idx, scale, sparse)
 
@@ -134,7 +138,7 @@ class RobeEmbedding(Robe):
                 f"num_embeddings and offset must stay below the {rows} rows of the map; got {num_embeddings} from "
                 f"{offset} on"
             )
-        self.num_embeddings = num_embeddings
+        self.num_embeddings = None if num_embeddings is None else limit
         self.padding_idx = padding_of(padding_idx, num_embeddings)
         self.scale = scale_of(scale, num_embeddings, memory.bound)
         padding = -1 if self.padding_idx is None else self.padding_idx
@@ -161,6 +165,10 @@ class RobeEmbedding(Robe):
         check_type("mapped", mapped, BlockMap)
         new._set(num_embeddings, memory, mapped, offset, padding_idx, scale, sparse)
         return new
+
+    @property
+    def _is_open(self) -> bool:
+        return self.num_embeddings is None
 
     def forward(self, ids: Tensor) -> Tensor:  # any shape -> (*ids.shape, dim)
         """Return the rows of ``ids``, any integer dtype, in the dtype of the array."""

@@ -20,7 +20,16 @@ from quernel._validate import check_choice, check_int, check_type
 from quernel.hashing.block_map import BlockMap
 from quernel.nn._block_ops import Field, block_bag, max_rows
 from quernel.nn._shared_array import SharedArray
-from quernel.nn.hashed._robe import Robe, array_of, map_of, padding_of, parts_of, scale_of, vocabularies
+from quernel.nn.hashed._robe import (
+    Robe,
+    array_of,
+    check_told_apart,
+    map_of,
+    padding_of,
+    parts_of,
+    scale_of,
+    vocabularies,
+)
 
 
 def _bag_example() -> dict[str, Any]:
@@ -47,9 +56,10 @@ class RobeEmbeddingBag(Robe):
     mode : {"sum", "mean", None}, default="sum"
         What becomes of the rows of a bag, of all fields where there are several; None keeps them apart.
     field : int, optional
-        Tells apart layers that share an array: each gets its own hash.
-    offset : int, default=0
-        Number of the first row; fields follow each other.
+        Tells apart layers that share an array: each gets its own hash. A layer over a given array needs it, or an
+        ``offset``.
+    offset : int, optional
+        Number of the first row; fields follow each other. Default 0.
     padding_idx : int, optional
         An id that is not there: left out of sums, means and gradients; in every field where there are several.
     scale : float, sequence of float, "like" or None, default=None
@@ -86,7 +96,7 @@ class RobeEmbeddingBag(Robe):
         block: int | None = None,
         mode: Literal["sum", "mean"] | None = "sum",
         field: int | None = None,
-        offset: int = 0,
+        offset: int | None = None,
         padding_idx: int | None = None,
         scale: float | Sequence[float] | Literal["like"] | None = None,
         include_last_offset: bool = False,
@@ -94,9 +104,11 @@ class RobeEmbeddingBag(Robe):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_told_apart(memory, field, offset)
         memory = array_of(memory, size, vocabularies(num_embeddings), generator)
         mapped = map_of(memory, dim, block, () if field is None else (check_int("field", field, low=0),))
-        self._set(num_embeddings, memory, mapped, mode, offset, padding_idx, scale, include_last_offset, sparse)
+        first = 0 if offset is None else offset
+        self._set(num_embeddings, memory, mapped, mode, first, padding_idx, scale, include_last_offset, sparse)
 
     def _set(
         self,
@@ -111,7 +123,7 @@ class RobeEmbeddingBag(Robe):
         sparse: bool,
     ) -> None:
         sizes = vocabularies(num_embeddings)
-        self.num_embeddings = sizes[0] if isinstance(num_embeddings, int) else sizes
+        self.num_embeddings = sizes if isinstance(num_embeddings, list | tuple) else sizes[0]
         modes: tuple[str | None, ...] = ("sum", "mean") if self.one_table else ("sum", "mean", None)
         self.mode = check_choice("mode", mode, modes)
         self.offset = check_int("offset", offset, low=0)
@@ -164,6 +176,11 @@ class RobeEmbeddingBag(Robe):
         if offsets is not None or ids.ndim < 1 or ids.shape[-1] != n_fields:
             raise QuernelError(
                 f"ids must have shape (..., {n_fields}), one id a field, and no offsets; got {tuple(ids.shape)}"
+            )
+        if per_sample_weights is not None and per_sample_weights.shape != ids.shape:
+            raise QuernelError(
+                f"per_sample_weights must have the shape of ids, {tuple(ids.shape)}; got "
+                f"{tuple(per_sample_weights.shape)}"
             )
         length = 1 if self.mode is None else n_fields
         weights = None if per_sample_weights is None else per_sample_weights.reshape(-1, length)

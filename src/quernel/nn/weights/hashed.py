@@ -9,7 +9,9 @@ every product and keeps nothing; ``mode="speed"`` keeps the dense weight once it
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, Self
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.hashing import BlockMap, TileMap
-from quernel.nn._block_ops import BlockTable, Field, block_bag
+from quernel.hashing.block_map import HASH, check_hash
+from quernel.nn._block_ops import BlockTable, Field, block_bag, scatter_table
 from quernel.nn._shared_array import SharedArray, check_memory
 from quernel.nn._tile_ops import (
     TileOperands,
@@ -32,8 +35,19 @@ from quernel.nn._tile_ops import (
 from quernel.nn.weights._base import StoredWeight
 
 Mode = Literal["memory", "speed"]
-# Of the hash, the layout of a tile or block, and the place of the sign bits: another version is another weight.
-HASH = 1
+
+
+class _Kept(NamedTuple):
+    """A dense weight and the array that it was made of, kept so that its address cannot become another's."""
+
+    values: Tensor
+    version: int
+    dense: Tensor
+
+    def is_of(self, values: Tensor) -> bool:
+        """Say whether the array is the same: in-place changes count versions up, a replaced one lies elsewhere."""
+        place = (values.data_ptr(), values.dtype, values._version)
+        return place == (self.values.data_ptr(), self.values.dtype, self.version)
 
 
 class HashedWeight(StoredWeight):
@@ -61,7 +75,7 @@ class HashedWeight(StoredWeight):
         self.mapped = mapped
         self.scale = check_float("scale", scale)
         self.mode: Mode = check_choice("mode", mode, ("memory", "speed"))
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept: _Kept | None = None
 
     def expand(self, values: Tensor) -> Tensor:
         """Return the matrix that an array (m,) stands for, without the scale, (out, in)."""
@@ -75,19 +89,28 @@ class HashedWeight(StoredWeight):
         """Return how many numbers of the matrix are kept in every slot, float64 (m,)."""
         raise TypeError(f"{type(self).__name__} must define counts()")
 
+    def parts(self) -> list[tuple[float, int]]:
+        """Return scale and numbers of what is read with one scale: of the whole."""
+        return [(self.scale, math.prod(self.shape))]
+
+    def part_counts(self) -> Iterator[tuple[float, Tensor]]:
+        """Yield the same with ``counts`` in the place of numbers."""
+        yield self.scale, self.counts()
+
     def dense(self) -> Tensor:
         """Return W."""
         values = self.memory.values
-        trained = torch.is_grad_enabled() and values.requires_grad
-        if self.mode == "memory" or trained or torch.compiler.is_compiling() or values.is_meta:
+        # Arrays that were made in inference mode count no versions: nothing says when they change.
+        if self.mode == "memory" or torch.compiler.is_compiling() or values.is_meta or values.is_inference():
             return self._made()
-        # In-place changes count versions up; a replaced parameter lies elsewhere.
-        key = (values.data_ptr(), values._version, values.dtype)
-        if self._kept is None or self._kept[0] != key:
+        if torch.is_grad_enabled() and values.requires_grad:
+            self._kept = None  # what trains may write through ``.data``, which counts none either
+            return self._made()
+        if self._kept is None or not self._kept.is_of(values):
             # A tensor of inference mode could not be used outside it, and this one outlives the block.
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = (key, self._made())
-        return self._kept[1]
+                self._kept = _Kept(values.detach(), values._version, self._made())
+        return self._kept.dense
 
     def _made(self) -> Tensor:
         matrix = self.expand(self.memory.values)
@@ -106,11 +129,6 @@ class HashedWeight(StoredWeight):
         """Show shape, map and scale."""
         cells = self.mapped.tile if isinstance(self.mapped, TileMap) else self.mapped.block
         return f"shape={tuple(self.shape)}, tile={cells}, scale={self.scale:.4g}, mode={self.mode!r}"
-
-
-def _check_hash(config: dict[str, Any]) -> None:
-    if check_int("hash", config["hash"], low=1) > HASH:
-        raise QuernelError(f"hash must be at most {HASH}, the newest known here; got {config['hash']}")
 
 
 def _tile_example() -> dict[str, Any]:
@@ -202,7 +220,7 @@ class HashedTileWeight(HashedWeight):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build a view of an array of zeros from ``config()``."""
-        _check_hash(config)
+        check_hash(config["hash"])
         memory, mapped = SharedArray.from_config(config["memory"]), TileMap.from_config(config["map"])
         return cls(memory, mapped, config["scale"], config["mode"], tuple(config["shape"]))
 
@@ -249,14 +267,14 @@ class HashedBlockWeight(HashedWeight):
 
     def fold(self, matrix: Tensor) -> Tensor:
         """Return the sum of the signed numbers of a table (rows, dim) in every slot, (m,)."""
-        return _folded(matrix, self.mapped.size, self.table)
+        return scatter_table(matrix, self.table).to(matrix.dtype)
 
     def counts(self) -> Tensor:
         """Return how many numbers of the table are kept in every slot, float64 (m,)."""
         mapped: Any = self.mapped
         unsigned = dataclasses.replace(mapped, signs=False, given_signs=None)
         ones = torch.ones((), dtype=torch.float64).expand(self.shape)
-        return _folded(ones, mapped.size, BlockTable.of(unsigned, [Field(0, self.shape[0])]))
+        return scatter_table(ones, BlockTable.of(unsigned, [Field(0, self.shape[0])]))
 
     def rows(self, ids: Tensor) -> Tensor:  # ids: any shape -> (*ids.shape, dim)
         """Return the rows ``W[ids]``."""
@@ -272,17 +290,6 @@ class HashedBlockWeight(HashedWeight):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build a view of an array of zeros from ``config()``."""
-        _check_hash(config)
-        memory, described = SharedArray.from_config(config["memory"]), config["map"]
-        # A default in place of a missing field would be another map.
-        missing = {"size", "dim", "block", "seed", "signs", "circular"} - set(described)
-        if missing:
-            raise QuernelError(f"map must have the fields {sorted(missing)}")
-        return cls(memory, BlockMap.from_config(described), config["n_rows"], config["scale"], config["mode"])
-
-
-@torch.enable_grad()
-def _folded(matrix: Tensor, size: int, table: BlockTable) -> Tensor:
-    values = torch.zeros(size, dtype=matrix.dtype, device=matrix.device, requires_grad=True)
-    rows = torch.arange(len(matrix), device=matrix.device)[:, None]
-    return torch.autograd.grad(block_bag(values, rows, table), values, matrix)[0]
+        check_hash(config["hash"])
+        memory, mapped = SharedArray.from_config(config["memory"]), BlockMap.from_config(config["map"])
+        return cls(memory, mapped, config["n_rows"], config["scale"], config["mode"])
