@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quernel.cli import main
+from quernel.cli import _index, main
 from quernel.search import FlatIndex, FlinngIndex, Index
 
 N, DIM = 400, 16
@@ -78,6 +80,23 @@ def test_sets_and_suggested_settings(work: Path, capsys: pytest.CaptureFixture[s
     assert found["ids"] == [[i] for i in range(60)]
 
 
+def test_a_search_tells_how_far_it_got(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[Any]:
+        yield lambda message, fraction: told.append(fraction)
+
+    index = FlatIndex(DIM).add(np.load("x.npy"))
+    monkeypatch.setattr(_index, "progress_bar", watched)
+    monkeypatch.setattr(_index, "QUERIES", 150)
+    got = _index._ask(index, np.load("x.npy"), 3, {})
+    assert told == [150 / N, 300 / N, 1.0]
+    for one, other in zip(got, index.search(np.load("x.npy"), 3), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [part.shape for part in _index._ask(index, np.zeros((0, DIM)), 3, {})] == [(0, 3), (0, 3)]
+
+
 def test_nothing_found_is_null(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "two.txt").write_text("1 2 3\n4 5 6\n", encoding="utf-8")
     _json(capsys, "build", "two.txt", "--out", "ix")
@@ -96,6 +115,15 @@ def test_report_is_measured(work: Path, capsys: pytest.CaptureFixture[str], metr
     for text in ("exact", "2 tables", "4 tables", "8 tables, as saved", "16 tables", "rerank=100", "queries a second"):
         assert text in page
     assert "<svg" in page and "Measured on" in page
+
+
+@pytest.mark.parametrize(("metric", "unit"), [("ip", "cosine similarity"), ("l2", "distance")])
+def test_a_report_says_how_its_queries_were_made(
+    work: Path, capsys: pytest.CaptureFixture[str], metric: str, unit: str
+) -> None:
+    _json(capsys, "build", "x.npy", "--out", "ix", "--kind", "flat", "--metric", metric, "--report", "r.html")
+    page = (work / "r.html").read_text(encoding="utf-8")
+    assert f"changed to a {unit} of 0.95" in page and f"{metric} similarity" not in page
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,11 @@ def _slow(seconds):
 
 
 def _first(values):
-    return float(values[0])
+    return float(values[0].reshape(-1)[0])
+
+
+def _answer(model, x, *, factor=1.0):
+    return float(factor * model(x).sum())
 
 
 def _killed():
@@ -76,6 +80,29 @@ def test_it_keeps_the_promises_of_an_executor():
     assert late.result(timeout=0) == "done"
     with pytest.raises(RuntimeError, match="after shutdown"):
         executor.submit(pow, 2, 2)
+
+
+@pytest.mark.slow
+def test_a_changed_model_is_sent_again_and_an_unchanged_one_is_not():
+    pytest.importorskip("ray")
+    model, x = nn.Sequential(nn.Linear(200, 200), nn.ReLU()), torch.ones(1, 200)
+    nn.init.constant_(model[0].weight, -1.0), nn.init.zeros_(model[0].bias)
+    with RayExecutor(num_cpus=1) as executor:
+        assert executor.submit(_answer, model, x).result() == 0.0
+        assert executor.submit(_answer, model, x=x, factor=2.0).result() == 0.0
+        assert len(executor._stored) == 1
+        # A part without tensors is replaced; a weight is written past its version counter.
+        model[1] = nn.Identity()
+        assert executor.submit(_answer, model, x).result() == -40_000.0
+        model[0].weight.data.fill_(1.0)
+        assert executor.submit(_answer, model, x, factor=0.5).result() == 20_000.0
+        # A list forgets a tensor, whose address the next one may get.
+        values = [torch.zeros(30_000)]
+        assert executor.submit(_first, values[0]).result() == 0.0
+        values.clear()
+        values.append(torch.ones(30_000))
+        assert executor.submit(_first, values[0]).result() == 1.0
+        assert len(executor._stored) == 5
 
 
 @pytest.mark.parametrize("cpus", [0, 1.5])

@@ -53,6 +53,16 @@ def test_sets_come_in_several_forms():
     assert len(sets[2:1]) == 0 == len(Sets.of([]))
 
 
+def test_stored_zeros_of_a_matrix_are_no_items():
+    matrix = sparse.csr_matrix((np.array([1.0, 0.0, 2.0]), ([0, 0, 1], [0, 2, 1])), shape=(2, 3))
+    sets = Sets.of(matrix)
+    assert sets.offsets.tolist() == [0, 1, 2] and sets.items.tolist() == [0, 1]
+    assert matrix.nnz == 3  # the caller's own stays as it is
+    matrix.data[2] = 0
+    with pytest.raises(QuernelError, match=r"X\[1\] is empty"):
+        Sets.of(matrix)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

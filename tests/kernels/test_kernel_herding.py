@@ -30,11 +30,22 @@ def test_the_sequence_is_the_textbooks(init, lmo):
 def test_w_is_the_error_of_the_running_mean(init):
     # w_t = t (mu - z_t) from w_0 = 0, and mu more from w_0 = mu.
     x = rows() + 1
-    chosen, points = oracle.herding(x, 60, init)
+    asked = []
+
+    class Watched(oracle.Lookup):
+        def best(self, q):
+            asked.append(np.array(q))
+            return int(np.argmax(x @ q)), 0.0
+
+    model = KernelHerding(60, feature_map="passthrough", lmo=Watched(), init=init).fit(x)
+    chosen, _ = oracle.herding(x, 60, init)
+    np.testing.assert_array_equal(model.indices_, chosen)
     mu = x.mean(0)
-    for t in (1, 2, 30, 60):
-        z = x[chosen[:t]].mean(0)
-        np.testing.assert_allclose(points[t], t * (mu - z) + (mu if init == "mu" else 0), atol=1e-10)
+    assert len(asked) == 60
+    np.testing.assert_allclose(asked[0], mu, atol=1e-12)
+    for t in range(1, 60):
+        z = x[model.indices_[:t]].mean(0)
+        np.testing.assert_allclose(asked[t], t * (mu - z) + (mu if init == "mu" else 0), atol=1e-10)
 
 
 def test_from_zero_it_is_frank_wolfe():

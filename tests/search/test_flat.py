@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from quernel._errors import FormatError, QuernelError
+from quernel._errors import FormatError, MissingExtraError, QuernelError
 from quernel.hashing import Sets, jaccard_similarity
 from quernel.search import FlatIndex, Index, flat
 
@@ -65,6 +65,17 @@ def test_sets_of_a_file_are_checked(tmp_path):
     index._sets.offsets[1] = 0
     index.save(tmp_path)
     with pytest.raises(FormatError, match=r"X\[0\] is empty"):
+        Index.load(tmp_path)
+
+
+def test_an_extra_that_is_missing_is_not_called_damage(tmp_path, monkeypatch):
+    FlatIndex(3).add(np.ones((2, 3))).save(tmp_path)
+
+    def without(config):
+        raise MissingExtraError("it", "ray")
+
+    monkeypatch.setattr(FlatIndex, "from_config", without)
+    with pytest.raises(MissingExtraError, match=r"quernel\[ray\]"):
         Index.load(tmp_path)
 
 

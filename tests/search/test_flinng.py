@@ -297,6 +297,8 @@ def test_bad_input() -> None:
     kept = FlinngIndex(DIM, bits=4, keep_vectors=True).add(_vectors(40)[0])
     with pytest.raises(QuernelError, match="at least k"):
         kept.search(np.ones((1, DIM)), k=10, rerank=5)
+    with pytest.raises(QuernelError, match="at least k"):
+        kept.search(np.ones((1, DIM)), k=np.int64(10), rerank=np.int64(5))
     with pytest.raises(QuernelError, match="is empty"):
         FlinngIndex(metric="jaccard").add([[1], []])
     with pytest.raises(QuernelError, match="negative"):

@@ -69,6 +69,15 @@ def test_slots_become_ids():
     assert IdTable().of_slots(np.array([[-1, -1]])).tolist() == [[-1, -1]]
 
 
+def test_what_is_taken_back_has_no_id():
+    table = IdTable(np.array([7, 3]))
+    table.append(table.checked(2, [9, 30]))
+    table.truncate(2)
+    assert len(table) == table.slots == 2 and table.checked(1).tolist() == [8]
+    # A search that began before may still have found it.
+    assert table.of_slots(np.array([[3, 1], [-1, 2]])).tolist() == [[-1, 3], [-1, -1]]
+
+
 def test_what_counts_as_ids():
     assert as_ids(5).tolist() == as_ids([5]).tolist() == as_ids(np.uint8(5)).tolist() == [5]
     assert as_ids([]).dtype == np.int64

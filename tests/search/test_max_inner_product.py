@@ -117,6 +117,10 @@ def test_crowded_buckets_are_bounded_and_do_not_hide_others():
     assert 600 <= (ids[ids >= 0] <= 20_000).sum() <= 32 * 600 < 20_001
     others = ids[ids > 20_000]
     assert others[0] == 20_001 + int((items[20_001:] @ crowd[0]).argmax())
+    # Every table takes another stretch: together they reach the best item, which stands in the middle.
+    index = MaxIPIndex(8, bits=8, max_bucket=6000, center=False).add(items)
+    ids = index.search(crowd[0], 20_501)[1][0]
+    assert ids[0] == 10_000 and (ids[ids >= 0] <= 20_000).sum() < 20_001
 
 
 def test_a_query_of_zeros_has_some_answer():

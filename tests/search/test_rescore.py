@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quernel._growing import GrowingArray
 from quernel.hashing import Sets, jaccard_similarity
 from quernel.search import FlatIndex
 from quernel.search._rescore import KeptSets, KeptVectors, best_scored
@@ -54,11 +53,3 @@ def test_the_best_come_first_and_ties_by_slot() -> None:
     best, where = best_scored(scores, slots, 4)
     assert where.tolist() == [[1, 3, 7, -1]]
     np.testing.assert_array_equal(best, np.array([[0.9, 0.5, 0.5, np.nan]], np.float32))
-
-
-def test_growing_arrays_keep_their_rows() -> None:
-    held = GrowingArray(np.zeros((0, 2), np.int16))
-    for i in range(20):
-        held.append(np.full((i, 2), i, np.int16))
-    np.testing.assert_array_equal(held.rows[:, 1], np.repeat(np.arange(20), np.arange(20)))
-    assert len(held) == 190

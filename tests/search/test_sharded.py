@@ -11,6 +11,7 @@ import pytest
 import quernel
 from quernel._errors import FormatError, QuernelError
 from quernel.search import FlatIndex, FlinngIndex, Index, ShardedIndex, ShardError
+from quernel.search._shard_workers import Shard
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((500, 8)).astype(np.float32)
@@ -175,10 +176,25 @@ def test_a_restore_that_fails_half_way_is_finished_by_the_next(tmp_path):
     index.add(X[[300]], [first[0]])
 
 
+def test_a_save_that_cannot_be_read_loses_nothing(tmp_path):
+    index = threads(FlatIndex(8)).add(X[:300])
+    index.save(tmp_path)
+    (folder,) = tmp_path.glob("shards-*/shard-00001")
+    folder.rename(tmp_path / "away")
+    killed(index)
+    with pytest.raises(ShardError, match="shard 1 does not answer"):
+        index.restore()
+    assert len(index) == 300
+    (tmp_path / "away").rename(folder)
+    assert not len(index.restore())
+    same(index.search(Q, 9), FlatIndex(8).add(X[:300]).search(Q, 9))
+
+
 def served_while_added(index, rounds=60):
     """Search in one thread while another adds; return what was wrong."""
     wrong = []
     done = threading.Event()
+    start = set(index.ids.tolist())
 
     def search():
         while not done.is_set():
@@ -187,6 +203,8 @@ def served_while_added(index, rounds=60):
             except Exception as error:
                 wrong.append(repr(error))
                 return
+            if not start <= set(index.ids.tolist()):
+                wrong.append("an id of the start was gone")
             if not (ids[:, 0] == np.arange(20)).all() or (np.diff(scores, axis=1) > 0).any():
                 wrong.append("an item of the start was not found first")
 
@@ -305,3 +323,29 @@ def test_more_shards_than_processors_are_refused_by_name(cluster, monkeypatch):
         ShardedIndex(FlatIndex(8), 5)
     # What was started is gone again: its processors are free.
     ShardedIndex(FlatIndex(8), 2).close()
+
+
+@pytest.mark.slow
+def test_a_shard_that_cannot_start_again_stays_a_gap_until_it_can(cluster, tmp_path, monkeypatch):
+    index = ShardedIndex(FlatIndex(8), 3).add(X)
+    index.save(tmp_path)
+    # Another actor waits for a processor, and has the one of the shard that dies.
+    other = cluster.remote(num_cpus=1)(Shard).remote(index._workers.description)
+    ready = other.pid.remote()
+    os.kill(cluster.get(index._workers._actors[1].pid.remote()), signal.SIGKILL)
+    cluster.get(ready)
+    with monkeypatch.context() as patch:
+        patch.setattr("quernel.search._shard_workers.START_SECONDS", 5.0)
+        with pytest.raises(ShardError, match=r"3 shards need a processor each, .* of which 0 are free"):
+            index.restore()
+    assert index.search(Q, 6, partial=True).missing == (1,)
+    cluster.kill(other)
+    (folder,) = tmp_path.glob("shards-*/shard-00001")
+    folder.rename(tmp_path / "away")
+    with pytest.raises(ShardError, match="shard 1 does not answer"):
+        index.restore()
+    assert index.search(Q, 6, partial=True).missing == (1,) and len(index) == 500
+    (tmp_path / "away").rename(folder)
+    assert not len(index.restore())
+    same(index.search(Q, 6), FlatIndex(8).add(X).search(Q, 6))
+    index.close()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from quernel._errors import FormatError
+from quernel._growing import GrowingArray
 from quernel.search import FlatIndex
 from quernel.testing import ConformanceError, check_index, checks_for
 
@@ -51,7 +52,7 @@ class Eager(FlatIndex):
 
 class Last(FlatIndex):
     def _append(self, items):
-        self._vectors = np.concatenate([items, self._vectors])
+        self._rows = GrowingArray(np.concatenate([items, self.vectors]))
 
 
 class Numbering(FlatIndex):
@@ -80,7 +81,7 @@ class Clinging(FlatIndex):
 
 class Rounding(FlatIndex):
     def _arrays(self):
-        return {"vectors": self._vectors.astype(np.float16).astype(np.float32)}
+        return {"vectors": self.vectors.astype(np.float16).astype(np.float32)}
 
 
 class Drawing(FlatIndex):

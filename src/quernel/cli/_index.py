@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from quernel._errors import QuernelError
@@ -51,7 +50,7 @@ def build(
     seed: Annotated[int, typer.Option(help="Seed of hashes and groups.")] = 0,
     keep_vectors: Annotated[bool, typer.Option("--keep-vectors", help="Keep the items, for --rerank.")] = False,
     suggest: Annotated[bool, typer.Option("--suggest", help="Choose tables, bits and rows from a sample.")] = False,
-    near: Annotated[float, typer.Option(help="Similarity (l2: distance) of the pairs to find.")] = 0.95,
+    near: Annotated[float, typer.Option(help="Similarity (l2: distance, ip: cosine) of the pairs to find.")] = 0.95,
     report: Annotated[Path | None, typer.Option(help="FILE.html: recall and speed, measured.")] = None,
     json: Json = False,
 ) -> None:
@@ -181,6 +180,8 @@ def _fill(index: Index, items: Any) -> float:
 
 def _ask(index: Index, queries: Any, k: int, options: dict[str, Any]) -> tuple[Any, Any]:
     """Search piece by piece, showing how far it got."""
+    import numpy as np
+
     answers = []
     with progress_bar() as progress:
         for first in range(0, max(len(queries), 1), QUERIES):

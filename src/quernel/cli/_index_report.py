@@ -48,7 +48,8 @@ def write_report(path: Path, index: Any, items: Any, near: float, seconds: float
         if index.keep_vectors:
             label = f"{index.n_tables} tables, rerank={RERANK}"
             points.append(_measured(RecallPoint, label, index, queries, truth, rerank=RERANK))
-    unit = "distance" if index.metric == "l2" else f"{index.metric} similarity"
+    # An inner product has no scale of its own: such queries are made by the cosine.
+    unit = {"l2": "distance", "ip": "cosine similarity"}.get(index.metric, f"{index.metric} similarity")
     what = (
         f"{len(queries)} queries, each an item changed to a {unit} of {near:g}. Recall is the share of them whose "
         "nearest item, by the exact index, comes first. Speed is that of one batch of all queries, hashing included."

@@ -1,12 +1,13 @@
 """``RayExecutor``: the trials of ``compress.search`` on the workers of a Ray cluster.
 
 A ``concurrent.futures.Executor`` around Ray's tasks. A model and data that come back in every trial are put into the
-object store once, and again when a tensor in them has changed. A worker that dies fails its trial, which is not
-repeated, and Ray starts another worker.
+object store once, by their contents: one that was changed meanwhile is another one. A worker that dies fails its trial,
+which is not repeated, and Ray starts another worker.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from concurrent.futures import wait as wait_for
@@ -14,6 +15,9 @@ from typing import Any
 
 from quernel._errors import MissingExtraError
 from quernel._validate import check_int
+
+# Larger arguments go through the object store; Ray sends smaller ones along with the call.
+STORED_BYTES = 2**16
 
 
 class RayExecutor(Executor):
@@ -58,8 +62,7 @@ class RayExecutor(Executor):
             ray.init(address=address, num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
         # A trial that killed its worker, for want of memory say, would kill the next one too.
         self._task = ray.remote(num_cpus=self._cpus, max_retries=0)(_call)
-        # Kept by identity, and kept alive, so that an address is never taken for another object.
-        self._stored: dict[int, tuple[Any, Any, Any]] = {}
+        self._stored: dict[bytes, Any] = {}
         self._futures: set[Future[Any]] = set()
         self._closed = False
 
@@ -73,9 +76,8 @@ class RayExecutor(Executor):
         """
         if self._closed:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        refs = [self._put(value) for value in args]
-        named = {name: self._put(value) for name, value in kwargs.items()}
-        future: Future[Any] = self._task.remote(self._cpus, fn, *refs, **named).future()
+        packed = [self._packed(value) for value in (*args, *kwargs.values())]
+        future: Future[Any] = self._task.remote(self._cpus, fn, tuple(kwargs), *packed).future()
         self._futures.add(future)
         future.add_done_callback(self._futures.discard)
         return future
@@ -93,34 +95,23 @@ class RayExecutor(Executor):
         if self._owner and self._ray.is_initialized():
             self._ray.shutdown()
 
-    def _put(self, value: Any) -> Any:
-        state = _state_of(value)
-        if state is None:
-            return value
-        held = self._stored.get(id(value))
-        if held is None or held[1] != state:
-            held = self._stored[id(value)] = (value, state, self._ray.put(value))
-        return held[2]
+    def _packed(self, value: Any) -> Any:
+        """Return what Ray makes of an argument, or where that is stored; what has not changed is stored once."""
+        packed = self._ray.cloudpickle.dumps(value)
+        if len(packed) < STORED_BYTES:
+            return packed
+        key = hashlib.blake2b(packed, digest_size=32).digest()
+        if key not in self._stored:
+            self._stored[key] = self._ray.put(packed)
+        return self._stored[key]
 
 
-def _state_of(value: Any) -> Any:
-    """Return what changes when a tensor in ``value`` does, or None where that cannot be seen."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return None if value.is_inference() else (id(value), value._version)
-    if isinstance(value, torch.nn.Module):
-        held = [_state_of(t) for t in (*value.parameters(), *value.buffers())]
-        return None if None in held else (id(value), value.training, tuple(held))
-    if isinstance(value, list | tuple | dict):
-        inside = [_state_of(v) for v in (value.values() if isinstance(value, dict) else value)]
-        return None if None in inside or not inside else (type(value), tuple(inside))
-    return None
-
-
-def _call(threads: int, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Run a task on a worker, with as many of torch's threads as it asked for processors."""
+def _call(threads: int, fn: Callable[..., Any], names: tuple[str, ...], /, *packed: bytes) -> Any:
+    """Run a task on a worker, with as many of torch's threads as it asked for processors; ``names`` are the last's."""
+    import ray
     import torch
 
     torch.set_num_threads(threads)
-    return fn(*args, **kwargs)
+    values = [ray.cloudpickle.loads(one) for one in packed]
+    first = len(values) - len(names)
+    return fn(*values[:first], **dict(zip(names, values[first:], strict=True)))

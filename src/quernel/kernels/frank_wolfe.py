@@ -86,7 +86,9 @@ class FrankWolfe:
     Differs from the paper: (1) atoms are not lifted to [-s; 1]; an index that moves its items by their mean has a
     non-negative maximum too, the order is the same, and the angles are larger. (2) The certificate. (3) Step 2/(ct+2),
     under which h_t <= 2 (beta D^2 / c + h_0) / (ct + 2) for every t; the paper's min(1, 2/(c(t+2))) needs a first step
-    with c = 1.
+    with c = 1. (4) The paper prepares for queries that follow from earlier answers by a net of queries and more tables;
+    here the certificate finds a bad answer out, and tables take no turns. (5) The step around the query runs in Python,
+    a fixed cost an iteration that shows where atoms are few.
 
     References
     ----------

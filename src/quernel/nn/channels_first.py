@@ -40,6 +40,7 @@ class ChannelsFirst(nn.Module):
     Examples
     --------
     >>> import torch
+    >>> from quernel.nn import make_mixer
     >>> layer = ChannelsFirst(make_mixer("softmax-attention", 8, num_heads=2))
     >>> layer(torch.randn(2, 8, 7, 7)).shape
     torch.Size([2, 8, 7, 7])

@@ -72,6 +72,7 @@ class MetaBlock(nn.Module):
     Examples
     --------
     >>> import torch
+    >>> from quernel.nn import make_mixer
     >>> block = MetaBlock(make_mixer("softmax-attention", 16, num_heads=2), mlp_ratio=2)
     >>> block(torch.randn(2, 7, 7, 16)).shape
     torch.Size([2, 7, 7, 16])

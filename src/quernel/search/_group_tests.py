@@ -44,7 +44,7 @@ class GroupTests:
         self._groups = GrowingArray(np.zeros((0, n_rows), narrow(n_groups)))
         # Most indexes never have a tail; its heads, eight bytes a bucket, are made when something waits.
         self._chains: tuple[Chains, Chains] | None = None
-        self._tail_cells: NDArray[Any]
+        self._tail_cells: GrowingArray
         self.sort()
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class GroupTests:
             self._chains = Chains(self.n_tables, self.n_codes), Chains(self.n_rows, self.n_groups)
         for chains, rows in zip(self._chains, (self.codes, self.groups), strict=True):
             chains.append(rows[-len(codes) :])
-        self._tail_cells = np.concatenate([self._tail_cells, self._cells(self.groups[-len(codes) :])])
+        self._tail_cells.append(self._cells(self.groups[-len(codes) :]))
 
     def regroup(self, groups: NDArray[Any], n_groups: int) -> None:
         """Give all items other groups; the next ``append`` sorts them."""
@@ -99,7 +99,7 @@ class GroupTests:
         slots, last = (np.full((len(codes), k), -1, np.int64) for _ in range(2))
         held = Sorted(self._tables.offsets, self._tables.items, self._members.offsets, self._members.items)
         links = [(c.heads, c.nexts) for c in self._chains or ()] or [_no_links(self.n_tables), _no_links(self.n_rows)]
-        tail = Tail(self._sorted, *links[0], *links[1], self._tail_cells)
+        tail = Tail(self._sorted, *links[0], *links[1], self._tail_cells.rows)
 
         def work(start: int, stop: int) -> None:
             mine = scratch(self.n_tables, self.n_rows * self.n_groups, len(self), tail=self.waiting > 0)
@@ -124,7 +124,7 @@ class GroupTests:
         }
         for name, chains in zip(("tables", "cells"), self._chains or (), strict=False):
             held |= {f"{name}_{part}": getattr(chains, part) for part in ("heads", "lasts", "nexts")}
-        return held | ({"tail_cells": self._tail_cells} if self._chains else {})
+        return held | ({"tail_cells": self._tail_cells.rows} if self._chains else {})
 
     def restore(self, arrays: Arrays, n: int) -> None:
         """Take ``n`` sorted items out of the arrays of a file; shapes are checked, contents by ``check``."""
@@ -163,7 +163,7 @@ class GroupTests:
 
     def _empty_tail(self) -> None:
         self._sorted, self._chains = len(self), None
-        self._tail_cells = self._cells(self.groups[:0])
+        self._tail_cells = GrowingArray(self._cells(self.groups[:0]))
 
 
 def _no_links(width: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -36,12 +36,11 @@ class IdTable:
         self._ids, self._alive = GrowingArray(ids), GrowingArray(alive)
         self._next = int(ids.max(initial=-1)) + 1
         self._sorted: tuple[Ids, Ids] | None = None
-        self._live: int | None = None
+        # Kept, not counted when it is asked for: a search that counts may be overtaken by an addition.
+        self._live = int(np.count_nonzero(alive))
 
     def __len__(self) -> int:
         """Slots that are not deleted."""
-        if self._live is None:  # counted once: every search asks
-            self._live = int(np.count_nonzero(self.alive))
         return self._live
 
     @property
@@ -98,13 +97,15 @@ class IdTable:
         self._ids.append(ids)
         self._alive.append(np.ones(len(ids), bool))
         self._next = max(self._next, int(ids.max(initial=-1)) + 1)
-        self._sorted = self._live = None
+        self._live += len(ids)
+        self._sorted = None
 
     def truncate(self, slots: int) -> None:
         """Take back the slots from number ``slots`` on, which nothing else was told of."""
         self._ids, self._alive = GrowingArray(self.ids[:slots].copy()), GrowingArray(self.alive[:slots].copy())
         self._next = int(self.ids.max(initial=-1)) + 1
-        self._sorted = self._live = None
+        self._live = int(np.count_nonzero(self.alive))
+        self._sorted = None
 
     def remove(self, ids: Any) -> Ids:
         """Mark the slots of these ids as deleted and return them.
@@ -122,14 +123,17 @@ class IdTable:
         alive = self.alive.copy()
         alive[slots] = False
         self._alive = GrowingArray(alive)
-        self._sorted = self._live = None
+        self._live -= len(slots)
+        self._sorted = None
         return slots
 
     def of_slots(self, slots: NDArray[Any]) -> Ids:
-        """Return the ids of slots of any shape; a slot of -1 keeps -1."""
-        if not self.slots:
-            return np.full(slots.shape, -1, np.int64)
-        return np.where(slots >= 0, self.ids[slots], -1)
+        """Return the ids of slots of any shape; -1 for a slot of -1, and for one that was taken back by now."""
+        ids = self.ids  # read once: another thread may be adding
+        found = np.full(slots.shape, -1, np.int64)
+        known = (slots >= 0) & (slots < len(ids))
+        found[known] = ids[slots[known]]
+        return found
 
     def _find(self, ids: Ids) -> Ids:
         """Return the slot of each id, -1 where it is not there."""

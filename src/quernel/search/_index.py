@@ -139,7 +139,8 @@ class Index(ArrayFolder):
         if not len(queries) or not len(self):
             return np.full((len(queries), k), np.nan, np.float32), np.full((len(queries), k), -1, np.int64)
         scores, slots = search(queries, k)
-        return np.where(slots >= 0, scores, np.nan).astype(np.float32), self._ids.of_slots(slots)
+        ids = self._ids.of_slots(slots)
+        return np.where(ids >= 0, scores, np.nan).astype(np.float32), ids
 
     def _forget(self, slots: NDArray[np.int64]) -> None:
         """Be told of slots that are deleted now; ``self._ids.alive`` says so too."""

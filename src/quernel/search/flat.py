@@ -59,7 +59,7 @@ class FlatIndex(Index):
             raise QuernelError(f"dim must be given for vectors and not for sets; got dim={dim} and metric={metric!r}")
         self.dim = None if dim is None else check_int("dim", dim, low=1)
         self._rows = GrowingArray(np.zeros((0, self.dim or 0), np.float32))
-        self._sets = Sets(np.zeros(1, np.int64), np.zeros(0, np.int64))
+        self._offsets, self._set_items = GrowingArray(np.zeros(1, np.int64)), GrowingArray(np.zeros(0, np.int64))
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -71,10 +71,14 @@ class FlatIndex(Index):
         rows: NDArray[np.float32] = self._rows.rows
         return rows
 
+    @property
+    def _sets(self) -> Sets:
+        return Sets(self._offsets.rows, self._set_items.rows)
+
     def _append(self, items: Any) -> None:
         if isinstance(items, Sets):
-            offsets = np.concatenate([self._sets.offsets, self._sets.offsets[-1] + items.offsets[1:]])
-            self._sets = Sets(offsets, np.concatenate([self._sets.items, items.items]))
+            self._offsets.append(items.offsets[1:] + self._offsets.rows[-1])
+            self._set_items.append(items.items)
         else:
             rows = normalized(items) if self.metric == "cosine" else items
             self._rows.append(rows)
@@ -92,7 +96,7 @@ class FlatIndex(Index):
 
     def _arrays(self) -> Arrays:
         if self.metric in SET_METRICS:
-            return {"offsets": self._sets.offsets, "items": self._sets.items}
+            return {"offsets": self._offsets.rows, "items": self._set_items.rows}
         return {"vectors": self.vectors}
 
     def _restore(self, arrays: Arrays) -> None:
@@ -100,7 +104,8 @@ class FlatIndex(Index):
             self._rows = GrowingArray(take(arrays, "vectors", np.float32, (self._ids.slots, self.dim)))
             return
         offsets = take(arrays, "offsets", np.int64, (self._ids.slots + 1,))
-        self._sets = Sets(offsets, take(arrays, "items", np.int64, (None,)))
+        sets = Sets(offsets, take(arrays, "items", np.int64, (None,)))
+        self._offsets, self._set_items = GrowingArray(sets.offsets), GrowingArray(sets.items)
 
 
 def normalized(rows: NDArray[np.float32]) -> NDArray[np.float32]:

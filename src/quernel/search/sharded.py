@@ -151,7 +151,7 @@ class ShardedIndex(Index):
             answers = self._workers.all("ranked", queries, k, options)
             missing.extend(shard for shard, answer in answers.items() if isinstance(answer, ShardError))
             heard = {s: a for s, a in answers.items() if not (partial and isinstance(a, ShardError))}
-            return self._known(*merged(told(heard), len(queries), k))
+            return merged(told(heard), len(queries), k)
 
         scores, ids = self._answer(q, k, ask)
         return ShardedAnswer(scores, ids, tuple(missing))
@@ -198,6 +198,12 @@ class ShardedIndex(Index):
     def close(self) -> None:
         """Let the workers go; a cluster that was started here stops."""
         self._workers.close()
+
+    @property
+    def ids(self) -> Ids:
+        """Ids of the items that can be found, in the order they were added."""
+        with self._lock:
+            return super().ids
 
     @property
     def nbytes(self) -> int:
@@ -272,12 +278,7 @@ class ShardedIndex(Index):
             told(answers)
 
     def _search(self, queries: Any, k: int) -> tuple[Scores, NDArray[np.int64]]:
-        return self._known(*merged(told(self._workers.all("ranked", queries, k, {})), len(queries), k))
-
-    def _known(self, scores: Scores, slots: NDArray[np.int64]) -> tuple[Scores, NDArray[np.int64]]:
-        """Leave out slots of an addition that was taken back while its items were found."""
-        gone = slots >= self._ids.slots
-        return np.where(gone, np.float32(np.nan), scores), np.where(gone, -1, slots)
+        return merged(told(self._workers.all("ranked", queries, k, {})), len(queries), k)
 
     def _forget(self, slots: NDArray[np.int64]) -> None:
         parts = {int(s): (slots[slots % self.n_shards == s],) for s in np.unique(slots % self.n_shards)}
