@@ -75,6 +75,8 @@ def test_many_small_additions_move_few_times(make: Callable[[], Any]) -> None:
         add(i)
         # The old arrays are still held: a new one cannot have an old address.
         now = arrays()
-        moves += [a.__array_interface__["data"][0] != b.__array_interface__["data"][0] for a, b in zip(held, now)]
+        moves += [
+            a.__array_interface__["data"][0] != b.__array_interface__["data"][0] for a, b in zip(held, now, strict=True)
+        ]
         held = now
     assert (moves <= MOVES).all() and all(len(a) >= ADDITIONS for a in held)

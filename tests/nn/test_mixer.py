@@ -12,6 +12,7 @@ from quernel._errors import QuernelError
 from quernel.nn import (
     ChannelsFirst,
     DropPath,
+    HyperZZWLocal,
     MetaBlock,
     Mixer,
     SoftmaxAttention,
@@ -204,3 +205,39 @@ def test_drop_path_keeps_the_mean_and_whole_samples() -> None:
     # Six standard deviations of the share of a fair draw: a false alarm in 5e8.
     assert abs(float(kept.float().mean()) - 0.75) < 6 * (0.75 * 0.25 / 20_000) ** 0.5
     assert drop.eval()(x) is x
+
+
+@pytest.mark.parametrize("style", ["metaformer", "metanext", "lsnet"])
+def test_compressed_blocks_come_back_with_what_was_fused_in_them(style: Any, tmp_path: Any) -> None:
+    from quernel import load
+    from quernel.compress import CrossQuant, compress
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(MetaBlock(SoftmaxAttention(16, 2), style), HyperZZWLocal(16, 3, hidden=8)).eval()
+
+    x = draw(4, 5, 5, 16)
+    result = compress(net(), CrossQuant(), data=[x])
+    result.save(tmp_path)
+    with torch.no_grad():
+        wanted = result.model(x)
+        torch.testing.assert_close(load(tmp_path, model=net)(x), wanted, rtol=0, atol=0)
+
+
+def test_a_folded_norm_inside_a_mixer_is_told(tmp_path: Any) -> None:
+    from quernel._load import load, save_model
+
+    net = nn.Sequential(HyperZZWLocal(4, 3, hidden=8)).eval()
+    net[0].norm = nn.Identity()
+    assert net[0].config()["replaced"]["norm"]["class"].endswith("Identity")
+    x = draw(2, 5, 5, 4)
+    save_model(net, tmp_path)
+    twin = load(tmp_path, model=lambda: nn.Sequential(HyperZZWLocal(4, 3, hidden=8)))
+    torch.testing.assert_close(twin(x), net(x), rtol=0, atol=0)
+
+
+def test_config_draws_nothing() -> None:
+    block = MetaBlock(HyperZZWLocal(8, 3, hidden=8))
+    state = torch.get_rng_state()
+    block.config()
+    assert torch.equal(state, torch.get_rng_state())

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
-from quernel._module_tree import is_registered
+from quernel._module_tree import changed_modules, signature, swap_modules
 from quernel._validate import check_int, check_type
-from quernel.nn._described import layer_config, layer_from_config
-from quernel.nn._replace import replace_module
 
 
 class Mixer(nn.Module, ABC):
@@ -114,16 +112,17 @@ class Mixer(nn.Module, ABC):
         return [{"params": list(self.parameters()), "lr": lr}]
 
     def config(self) -> dict[str, Any]:
-        """Return the constructor's arguments, and the classes of inner layers that others put in."""
-        options = {name: _plain(getattr(self, name)) for name in ("dim", *self.options)}
-        return options | {"replaced": {name: layer_config(layer) for name, layer in self._replaced()}}
+        """Return the constructor's arguments, and every inner layer that is not what the constructor made."""
+        options = {name: getattr(self, name) for name in ("dim", *self.options)}
+        with torch.device("meta"):
+            made = signature(type(self)(**options))
+        return {name: _plain(value) for name, value in options.items()} | {"replaced": changed_modules(self, made)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build an untrained mixer from ``config()``."""
         new = cls(**{name: config[name] for name in ("dim", *cls.options)})
-        for name, layer in config["replaced"].items():
-            replace_module(new, name, layer_from_config(layer))
+        swap_modules(new, config["replaced"], file=cls.__name__)
         return new
 
     def extra_repr(self) -> str:
@@ -141,14 +140,6 @@ class Mixer(nn.Module, ABC):
     def _no_recurrent_form(self) -> QuernelError:
         why = "" if self.causal else ": it is not causal"
         return QuernelError(f"{type(self).__name__} has no recurrent form{why}")
-
-    def _replaced(self) -> list[tuple[str, nn.Module]]:
-        found: list[tuple[str, nn.Module]] = []
-        for name, layer in self.named_modules():
-            inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-            if name and not inside and is_registered(layer):
-                found.append((name, layer))
-        return found
 
     def _check(self, x: Tensor) -> None:
         if x.ndim - 2 not in self.spatial_ndim or x.shape[-1] != self.dim:

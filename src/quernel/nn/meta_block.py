@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from quernel._module_tree import changed_modules, signature, swap_modules
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.nn._described import layer_config, layer_from_config
@@ -119,22 +120,25 @@ class MetaBlock(nn.Module):
         return y
 
     def config(self) -> dict[str, Any]:
-        """Return the options and the classes of mixer and perceptron."""
-        return {
-            "mixer": layer_config(self.mixer),
-            "mlp": [layer_config(self.mlp[i]) for i in (0, 2)],
+        """Return the options, the mixer, and every inner layer that is not what the constructor made."""
+        options = {
             "style": self.style,
             "mlp_ratio": self.mlp_ratio,
             "drop_path": self.drop.p,
             "ls_init": self.ls_init,
         }
+        mixer = layer_config(self.mixer)
+        with torch.device("meta"):
+            made = signature(type(self)(layer_from_config(mixer), **options))  # type: ignore[arg-type]
+        replaced = {name: layer for name, layer in changed_modules(self, made).items() if name != "mixer"}
+        return {"mixer": mixer, **options, "replaced": replaced}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build an untrained block from ``config()``."""
-        options = {name: config[name] for name in ("mlp_ratio", "drop_path", "ls_init")}
-        block = cls(layer_from_config(config["mixer"]), config["style"], **options)  # type: ignore[arg-type]
-        block.mlp[0], block.mlp[2] = (layer_from_config(layer) for layer in config["mlp"])
+        options = {name: config[name] for name in ("style", "mlp_ratio", "drop_path", "ls_init")}
+        block = cls(layer_from_config(config["mixer"]), **options)  # type: ignore[arg-type]
+        swap_modules(block, config["replaced"], file=cls.__name__)
         return block
 
     def extra_repr(self) -> str:
