@@ -89,6 +89,13 @@ def is_quernel_folder(path: Path) -> bool:
         return False
 
 
+def _kind_in(config: Mapping[str, Any]) -> Any:
+    """Return what kind of thing a ``config.json`` of ours says that its folder holds, None where it does not say."""
+    ours = config.get(KEY)
+    content = ours.get("content") if isinstance(ours, Mapping) else None
+    return content.get("kind") if isinstance(content, Mapping) else None
+
+
 def write_folder(
     path: str | os.PathLike[str],
     content: Mapping[str, Any],
@@ -118,7 +125,8 @@ def write_folder(
     Raises
     ------
     QuernelError
-        If the folder holds a model that Quernel did not save, or ``content`` is not JSON.
+        If the folder holds a model that Quernel did not save, or something of another kind that it did, or
+        ``content`` is not JSON.
     """
     import safetensors.torch
 
@@ -130,6 +138,9 @@ def write_folder(
         raise QuernelError(
             f"path: {folder} holds a model that Quernel did not save ({', '.join(theirs[:3])}); choose another folder"
         )
+    held, kind = _kind_in(before), content.get("kind")
+    if held is not None and kind is not None and held != kind:
+        raise QuernelError(f"path: {folder} holds a saved {held}; choose another folder for the {kind}")
     described = _as_json(content, "content")
     rest = {k: v for k, v in before.items() if k != KEY} if foreign is None else _as_json(foreign, "foreign")
     kept, aliases = _without_aliases(tensors)

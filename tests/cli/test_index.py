@@ -168,3 +168,15 @@ def test_rerank_needs_flinng_and_kept_vectors(work: Path, capsys: pytest.Capture
     for folder, message in (("flat", "scores are exact"), ("bare", "keep_vectors")):
         assert main(["index", "search", folder, "q.npy", "--rerank", "20"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_empty_line_among_sets_is_refused_by_its_number(tmp_path):
+    from quernel._errors import DataError
+    from quernel.cli._index_files import read_items
+
+    file = tmp_path / "sets.txt"
+    file.write_text("1 2 3\n\n4 5\n")
+    with pytest.raises(DataError, match="line 2 is empty"):
+        read_items(file)
+    file.write_text("1 2 3\n4 5\n\n")
+    assert len(read_items(file)) == 2

@@ -97,3 +97,8 @@ def test_what_the_data_allows():
 def test_generators_are_refused():
     with pytest.raises(QuernelError, match="more than once; got a generator"):
         next(Context(data=(x for x in [torch.ones(1)])).batches())
+
+
+def test_one_tensor_is_one_batch() -> None:
+    x = torch.zeros(5, 3, 4, 4)
+    assert [tuple(batch.shape) for batch in Context(data=x).batches()] == [(5, 3, 4, 4)]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from torch import nn
 
 from quernel._errors import FormatError, MissingExtraError, QuernelError
 from quernel.hashing import Sets, jaccard_similarity
@@ -109,3 +110,16 @@ def test_load_refuses_another_class(tmp_path):
     FlatIndex(2).add([[1.0, 0.0]]).save(tmp_path)
     with pytest.raises(FormatError, match="names FlatIndex, not a Other"):
         Other.load(tmp_path)
+
+
+def test_sets_are_refused_by_an_index_of_vectors():
+    with pytest.raises(QuernelError, match="q holds sets; this index holds vectors of 4 numbers"):
+        FlatIndex(4).add(np.eye(4)).search(Sets.of([[1, 2]]), 1)
+
+
+def test_an_index_is_not_saved_over_a_model(tmp_path):
+    from quernel._load import save_model
+
+    save_model(nn.Sequential(nn.Linear(2, 2)), tmp_path)
+    with pytest.raises(QuernelError, match="holds a saved model; choose another folder for the index"):
+        FlatIndex(4).add(np.eye(4)).save(tmp_path)

@@ -85,12 +85,15 @@ def _csv(path: Path) -> np.ndarray:
 
 
 def _sets(path: Path) -> Sets:
-    sets, opened = [], gzip.open if path.suffix == ".gz" else open
+    sets, empty, opened = [], 0, gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
+                    empty = empty or number
                     continue
+                if empty:
+                    raise DataError(f"{path}, line {empty} is empty: every line is a set, and ids count lines")
                 try:
                     sets.append(np.array(line.replace(",", " ").split(), dtype=np.int64))
                 except (ValueError, OverflowError) as error:

@@ -37,7 +37,8 @@ class Context:
     ----------
     data : re-iterable of batches, optional
         A mapping is passed as keywords without "label" and "labels", a tuple or list as positions as far as
-        the model requires them (see ``run_batch``), a tensor alone. Anything else goes through ``forward``.
+        the model requires them (see ``run_batch``), a tensor alone. Anything else goes through ``forward``. One tensor
+        in the place of all is one batch.
     example_inputs : tensor, tuple or mapping, optional
         Inputs for tracing and for latency, a tuple in whole; default is the first batch.
     forward : callable, optional
@@ -57,6 +58,10 @@ class Context:
     exclude: Sequence[str] = ()
     progress: Progress | None = None
     finetune: Callable[[nn.Module], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, Tensor):  # one batch, which would otherwise be read row by row
+            object.__setattr__(self, "data", [self.data])
 
     def selected(self, model: nn.Module, targets: tuple[type[nn.Module], ...]) -> list[tuple[str, nn.Module]]:
         """Return the modules of exactly these types that the patterns allow, shared ones once.

@@ -23,16 +23,14 @@ from quernel._io import write_atomically
 from quernel.nn._running import evaluating
 
 
-def to_onnx(
-    model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any], path: str | os.PathLike[str]
-) -> Path:
+def to_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[str]) -> Path:
     """Export ``model`` to an ONNX file whose batch axis is free.
 
     Parameters
     ----------
     model : nn.Module
         Compressed or not.
-    example_inputs : tuple or mapping
+    example_inputs : Tensor, tuple or mapping
         Arguments of one forward, tensors with a batch of at least two rows first.
     path : path
         File to write, ``.onnx`` by custom.
@@ -59,6 +57,8 @@ def to_onnx(
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("quernel.compress.to_onnx", "onnx")
+    if isinstance(example_inputs, torch.Tensor):
+        example_inputs = (example_inputs,)
     arguments, named = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (example_inputs, {})
     batch = torch.export.Dim.AUTO
 

@@ -149,6 +149,8 @@ class Index(ArrayFolder):
         """Return checked items: float32 rows, or sets."""
         if self.metric in SET_METRICS:
             return Sets.of(x)
+        if isinstance(x, Sets):
+            raise QuernelError(f"{name} holds sets; this index holds vectors of {self.dim} numbers ({self.metric})")
         rows = check_rows(name, x, self.dim or 0)
         if self.metric == "cosine" and len(rows) and not (np.abs(rows).max(axis=1) > 0).all():
             raise QuernelError(f"{name} holds a vector of zeros, which has no direction for the cosine")
