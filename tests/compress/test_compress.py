@@ -10,7 +10,17 @@ from torch import nn
 import quernel
 from quernel._errors import FormatError, QuernelError
 from quernel._machine import processor_name
-from quernel.compress import Cast, Context, LayerPlan, Plan, WeightInt8, _measure, compress, methods_from_recipe
+from quernel.compress import (
+    Cast,
+    Context,
+    LayerPlan,
+    Plan,
+    WeightInt4,
+    WeightInt8,
+    _measure,
+    compress,
+    methods_from_recipe,
+)
 from quernel.compress._compress import ordered
 from quernel.compress._context import observe_inputs, run_batch
 from quernel.compress._method import Method, PerModuleMethod
@@ -352,3 +362,11 @@ def test_generators_are_refused_at_the_door():
 
 def test_report_names_the_processor():
     assert compress(net(), WeightInt8()).report.environment["processor"] == processor_name()
+
+
+def test_a_method_that_finds_nothing_left_is_told():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    both = compress(model, [WeightInt8(), WeightInt4()], data=[torch.randn(4, 32)])
+    told = [text for text in both.report.warnings if "changed nothing: no layer was left for it" in text]
+    assert len(told) == 1
+    assert not any("changed nothing" in text for text in compress(model, WeightInt8()).report.warnings)

@@ -227,7 +227,11 @@ def check_needs(model: nn.Module, methods: Sequence[Method], context: Context, f
     if not isinstance(model, nn.Module):
         raise QuernelError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     have = available(context, finetune)
-    remedy = {"data": "data=", "graph": "example_inputs= (or data=)", "finetune": "finetune="}
+    remedy = {
+        "data": "data= (on the command line --data)",
+        "graph": "example_inputs= (or data=; on the command line --data)",
+        "finetune": "finetune=; the command line trains nothing: choose options that need no training there",
+    }
     for m in methods:
         for need in sorted(m.needs & NEEDS):
             if need not in have:
@@ -276,6 +280,8 @@ def run_methods(model: nn.Module, methods: Sequence[Method], context: Context, *
     if not touched:
         reasons = "; ".join(sorted({layer.reason for layer in layers.values() if layer.reason})[:3])
         warnings.append(f"nothing was changed{f': {reasons}' if reasons else ''}")
+    else:
+        warnings += [f"{label} changed nothing: no layer was left for it" for label in idle]
     comparable = tuple(name for name, same in touched.items() if same)
     return Made(layers, comparable, tuple(idle), tuple(warnings), summary, tuple(unfinished))
 
