@@ -34,7 +34,8 @@ class IdTable:
         if ids.shape != alive.shape or ids.ndim != 1:
             raise QuernelError(f"ids and alive must have one length; got {ids.shape} and {alive.shape}")
         self._ids, self._alive = GrowingArray(ids), GrowingArray(alive)
-        self._next = int(ids.max(initial=-1)) + 1
+        # Found when something is added: an index that stays in its file is not read for it.
+        self._next_id: int | None = None
         self._sorted: tuple[Ids, Ids] | None = None
         # Kept, not counted when it is asked for: a search that counts may be overtaken by an addition.
         self._live = int(np.count_nonzero(alive))
@@ -59,6 +60,13 @@ class IdTable:
     def slots(self) -> int:
         """All slots, deleted ones included."""
         return len(self._ids)
+
+    @property
+    def _next(self) -> int:
+        """Return the number after the largest id so far, deleted ones included."""
+        if self._next_id is None:
+            self._next_id = int(self.ids.max(initial=-1)) + 1
+        return self._next_id
 
     @property
     def nbytes(self) -> int:
@@ -94,16 +102,16 @@ class IdTable:
 
     def append(self, ids: Ids) -> None:
         """Give the next slots these ids, which ``checked`` returned."""
+        self._next_id = max(self._next, int(ids.max(initial=-1)) + 1)
         self._ids.append(ids)
         self._alive.append(np.ones(len(ids), bool))
-        self._next = max(self._next, int(ids.max(initial=-1)) + 1)
         self._live += len(ids)
         self._sorted = None
 
     def truncate(self, slots: int) -> None:
         """Take back the slots from number ``slots`` on, which nothing else was told of."""
         self._ids, self._alive = GrowingArray(self.ids[:slots].copy()), GrowingArray(self.alive[:slots].copy())
-        self._next = int(self.ids.max(initial=-1)) + 1
+        self._next_id = None
         self._live = int(np.count_nonzero(self.alive))
         self._sorted = None
 
