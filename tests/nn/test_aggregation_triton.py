@@ -1,16 +1,8 @@
-"""Triton kernels of ``ska``, interpreted on the CPU, against unfolding; and that they compile for a GPU.
-
-Triton decides when it is imported whether it interprets, so a process of its own runs these tests.
-"""
+"""Triton kernels of ``ska``, interpreted on the CPU, against unfolding; and that they compile for a GPU."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -21,31 +13,20 @@ from quernel._errors import QuernelError
 from quernel.nn.functional import ska
 from quernel.nn.functional import small_kernel_aggregation as module
 from tests.reference import lsnet as reference
+from tests.triton_process import check_compiles, interpreted, needs_triton, outside, passed_interpreted
 
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed (the extra gpu)"
-)
-interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs in the process of test_kernels_interpreted")
+pytestmark = needs_triton
 # Sums of up to 25 products in float32; rounding of half precision.
 CLOSE, COARSE = {"rtol": 1e-5, "atol": 1e-5}, {"rtol": 1e-2, "atol": 1e-2}
 # (B, C, G, H, W): one run, more than sixteen runs, a shared set, more than one block of pixels, one row.
 SHAPES = [(2, 4, 4, 3, 5), (1, 36, 2, 4, 3), (1, 5, 1, 12, 13), (2, 6, 3, 1, 7)]
 
-COMPILES = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from quernel.nn import _aggregation_triton as kernels
-
-for name, constants in {"filter": {"FLIPPED": True}, "weight": {}}.items():
-    kernel, given = getattr(kernels, f"_{name}_kernel"), dict(SIZE=3, RUNS=8, CHUNKS=2, BLOCK=128) | constants
-    tensors = {n: "*bf16" for n in "xwy"}
-    signature = {n: "constexpr" if n in given else tensors.get(n, "i32") for n in kernel.arg_names}
-    places = {(kernel.arg_names.index(n),): value for n, value in given.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    print(name, len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]) > 0)
-"""
+CONSTANTS = {"SIZE": 3, "RUNS": 8, "CHUNKS": 2, "BLOCK": 128}
+KINDS = dict.fromkeys("xwy", "*bf16")
+COMPILED = {
+    "filter": (CONSTANTS | {"FLIPPED": True}, KINDS, "i32"),
+    "weight": (CONSTANTS, KINDS, "i32"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +35,9 @@ def kernels() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETS, reason="this is the process of its own")
+@outside
 def test_kernels_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 12  # type: ignore[index]
+    assert passed_interpreted(__file__) >= 12
 
 
 def operands(shape: tuple[int, ...], size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,9 +91,7 @@ def test_what_is_left_to_torch(kernels: Any) -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu() -> None:
-    done = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["filter", "True", "weight", "True"]
+    check_compiles("quernel.nn._aggregation_triton", COMPILED)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

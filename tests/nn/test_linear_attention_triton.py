@@ -1,16 +1,8 @@
-"""Triton kernels of causal linear attention, interpreted on the CPU, against torch; and that they compile for a GPU.
-
-Triton decides when it is imported whether it interprets, so a process of its own runs these tests.
-"""
+"""Triton kernels of causal linear attention, interpreted on the CPU, against torch; and that they compile for a GPU."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -19,31 +11,15 @@ from torch import Tensor
 
 from quernel.nn.functional import LinearAttentionState, linear_attention, rope1d
 from quernel.nn.functional import feature_attention as module
+from tests.triton_process import check_compiles, interpreted, needs_triton, outside, passed_interpreted
 
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed (the extra gpu)"
-)
-interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs in the process of test_kernels_interpreted")
+pytestmark = needs_triton
 # Sums of some hundred products in float32, in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
-COMPILES = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from quernel.nn import _linear_attention_triton as kernels
-
-KINDS = dict(chunks="i32", heads="i32", features="i32", size="i32")
-CONSTANTS = dict(PRECISION="ieee", C=64, F=64, D=64, BLOCKS=2)
-for name in ("forward", "features", "values"):
-    kernel = getattr(kernels, f"_{name}_kernel")
-    signature = {n: "constexpr" if n in CONSTANTS else KINDS.get(n, "*fp32") for n in kernel.arg_names}
-    places = {(kernel.arg_names.index(n),): value for n, value in CONSTANTS.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    print(name, len(made.asm["ptx"]) > 0 and made.metadata.shared < 220_000)
-"""
+CONSTANTS = {"PRECISION": "ieee", "C": 64, "F": 64, "D": 64, "BLOCKS": 2}
+KINDS = dict.fromkeys(("chunks", "heads", "features", "size"), "i32")
+COMPILED = dict.fromkeys(("forward", "features", "values"), (CONSTANTS, KINDS, "*fp32"))
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +28,9 @@ def kernels() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETS, reason="this is the process of its own")
+@outside
 def test_kernels_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 12  # type: ignore[index]
+    assert passed_interpreted(__file__) >= 12
 
 
 def drawn(batch: int, heads: int, chunks: int, size: int, features: int, width: int) -> list[Tensor]:
@@ -117,9 +89,7 @@ def test_an_empty_batch(kernels: Any) -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu() -> None:
-    done = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [word for name in ("forward", "features", "values") for word in (name, "True")]
+    check_compiles("quernel.nn._linear_attention_triton", COMPILED)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

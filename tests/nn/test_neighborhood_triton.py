@@ -1,16 +1,8 @@
-"""Triton kernels of neighborhood attention, interpreted on the CPU, against the definition; and that they compile.
-
-Triton decides when it is imported whether it interprets, so a process of its own runs these tests.
-"""
+"""Triton kernels of neighborhood attention, interpreted on the CPU, against the definition; and that they compile."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -20,12 +12,9 @@ from torch import Tensor
 from quernel._errors import QuernelError
 from quernel.nn import _neighborhood_op as ops
 from quernel.nn.functional import na1d, na2d, na3d
+from tests.triton_process import INTERPRETS, check_compiles, interpreted, needs_triton, outside, passed_interpreted
 
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed (the extra gpu)"
-)
-interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs in the process of test_kernels_interpreted")
+pytestmark = needs_triton
 # Sums of some hundred products in float32, in another order; rounding of half precision.
 CLOSE, COARSE = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 1e-2, "atol": 1e-2}
 NA: dict[int, Any] = {1: na1d, 2: na2d, 3: na3d}
@@ -39,41 +28,25 @@ CASES: list[tuple[Any, ...]] = [
 # Heads of queries and keys, D, Dv.
 SIZES = [(2, 2, 16, 16), (4, 2, 5, 33)]
 
-COMPILES = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from quernel.nn import _neighborhood_triton as kernels
-
-GIVEN = dict(NEAR=90, M=100, SHARE=2, D=32, E=64, WIDE_D=32, WIDE_E=64, LANES=64, BLOCK=64, PRECISION="ieee")
-KINDS = dict(masks="*u8", lse="*fp32", delta="*fp32", scale="fp32")
+CONSTANTS = {
+    "NEAR": 90, "M": 100, "SHARE": 2, "D": 32, "E": 64, "WIDE_D": 32, "WIDE_E": 64, "LANES": 64, "BLOCK": 64,
+    "PRECISION": "ieee",
+}  # fmt: skip
+KINDS = {"masks": "*u8", "lse": "*fp32", "delta": "*fp32", "scale": "fp32"}
 KINDS |= dict.fromkeys(("lanes", "origins", "kinds", "offsets"), "*i64")
-OPERANDS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
-for name in ("attend", "query", "key"):
-    kernel = getattr(kernels, f"_{name}_kernel")
-    kinds = KINDS | dict.fromkeys(GIVEN, "constexpr") | dict.fromkeys(OPERANDS, "*bf16")
-    signature = {n: kinds.get(n, "i32") for n in kernel.arg_names}
-    places = {(kernel.arg_names.index(n),): value for n, value in GIVEN.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    print(name, len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]) > 0)
-"""
+KINDS |= dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), "*bf16")
+COMPILED = dict.fromkeys(("attend", "query", "key"), (CONSTANTS, KINDS, "i32"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETS, reason="this is the process of its own")
+@outside
 def test_kernels_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 12  # type: ignore[index]
+    assert passed_interpreted(__file__) >= 12
 
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu() -> None:
-    done = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [word for name in ("attend", "query", "key") for word in (name, "True")]
+    check_compiles("quernel.nn._neighborhood_triton", COMPILED)
 
 
 def leaves_of(shape: tuple[int, ...], extra: int, sizes: tuple[int, ...], batch: int = 2) -> list[Tensor]:

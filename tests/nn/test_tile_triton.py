@@ -1,16 +1,8 @@
-"""Triton kernels of tile maps, interpreted on the CPU, against the compiled passes; and that they compile for a GPU.
-
-Triton decides when it is imported whether it interprets, so a process of its own runs these tests.
-"""
+"""Triton kernels of tile maps, interpreted on the CPU, against the compiled passes; and that they compile for a GPU."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -23,12 +15,9 @@ from quernel.nn import RoastLinear, SharedArray
 from quernel.nn import _tile_ops as ops
 from quernel.nn import _tile_plain as plain
 from quernel.nn._tile_ops import TileOperands
+from tests.triton_process import check_compiles, interpreted, needs_triton, outside, passed_interpreted
 
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed (the extra gpu)"
-)
-interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs in the process of test_kernels_interpreted")
+pytestmark = needs_triton
 # Sums of some hundred products in float32, in another order; rounding of half precision.
 CLOSE, COARSE = 1e-4, 2e-2
 # (size, shape, tile): ragged both ways, a single tile, tiles larger than the matrix, tiles that are not square.
@@ -42,26 +31,17 @@ KINDS: list[dict[str, Any]] = [{}, {"signs": False}, {"order": "k-major"}]
 every_map = pytest.mark.parametrize(("size", "shape", "tile"), SHAPES, ids=str)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
-COMPILES = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from quernel.nn import _tile_triton as kernels
-
-TILES = dict(SIGNED=True, HIGH=32, WIDE=64, BY_COLUMNS=True)
-MATMUL = dict(PRECISION="ieee", BATCH=16)
-CASES = {
-    "linear": dict(BIASED=True, TILES=3, **MATMUL), "input": dict(TILES=3, **MATMUL), "memory": dict(STEPS=2, **MATMUL),
-    "expand": {}, "scatter": {},
+TILES = {"SIGNED": True, "HIGH": 32, "WIDE": 64, "BY_COLUMNS": True}
+MATMUL = {"PRECISION": "ieee", "BATCH": 16}
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "linear": {"BIASED": True, "TILES": 3, **MATMUL},
+    "input": {"TILES": 3, **MATMUL},
+    "memory": {"STEPS": 2, **MATMUL},
+    "expand": {},
+    "scatter": {},
 }
-KINDS = dict(batch="i32", scale="fp32", size="i32", rows="i32", columns="i32", seed="i64", dm="*fp32")
-for name, constants in CASES.items():
-    kernel, given = getattr(kernels, f"_{name}_kernel"), TILES | constants
-    signature = {n: "constexpr" if n in given else KINDS.get(n, "*bf16") for n in kernel.arg_names}
-    places = {(kernel.arg_names.index(n),): value for n, value in given.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    print(name, len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]) > 0)
-"""
+TYPES = dict.fromkeys(("batch", "size", "rows", "columns"), "i32") | {"scale": "fp32", "seed": "i64", "dm": "*fp32"}
+COMPILED = {name: (TILES | given, TYPES, "*bf16") for name, given in CONSTANTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +50,9 @@ def kernels() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETS, reason="this is the process of its own")
+@outside
 def test_kernels_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 20  # type: ignore[index]
+    assert passed_interpreted(__file__) >= 20
 
 
 def case(size: int, shape: Any, tile: Any, kind: Any, batch: int = 20) -> tuple[TileOperands, tuple[Tensor, ...]]:
@@ -170,9 +146,7 @@ def test_what_is_left_to_torch(kernels: Any) -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu() -> None:
-    done = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [w for n in ("linear", "input", "memory", "expand", "scatter") for w in (n, "True")]
+    check_compiles("quernel.nn._tile_triton", COMPILED)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
