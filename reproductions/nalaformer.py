@@ -2,10 +2,10 @@
 
 Every arm is the same network with the same projections and the same number of parameters; only the features of queries
 and keys differ, or the attention is softmax.  No convolution and no gate stands beside the attention, and images come
-pixel by pixel, so that nothing else moves information between tokens.  Every arm has its own rate, chosen with the first
-seed on what was kept for validation.  The last rows of the table, of the first seed only, take the map apart: a constant
-power (the norm cancels again), sizes without signs, keys without their cube; "learned scale" learns how far norms are
-told apart, one scale a head.
+pixel by pixel, so that nothing else moves information between tokens.  Every arm has its own rate, chosen with the
+first seed on what was kept for validation.  The last rows of the table, of the first seed only, take the map apart: a
+constant power (the norm cancels again), sizes without signs, keys without their cube; "learned scale" learns how far
+norms are told apart, one scale a head.
 """
 
 from __future__ import annotations

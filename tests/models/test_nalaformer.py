@@ -7,7 +7,6 @@ import torch
 
 from quernel._errors import QuernelError
 from quernel.models import NaLaFormer
-from quernel.models.nalaformer import VARIANTS
 from quernel.nn import GatedSoftmaxAttention, NormAwareLinearAttention
 
 
@@ -21,8 +20,26 @@ def test_variants_have_their_published_sizes(name: str, millions: float) -> None
     with torch.device("meta"):
         net = NaLaFormer.variant(name)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == millions
-    assert [len(stage[0].scale1) for stage in net.stages] == list(VARIANTS[name].dims)
-    assert net.stages[-1][-1].drop.p == VARIANTS[name].drop_path
+
+
+@pytest.mark.parametrize(
+    ("name", "depths", "scales", "last_drop"),
+    [
+        ("XT", (2, 2, 2, 2), (1.0, 1.0, 1.0, 1.0), 0.1),
+        ("T", (2, 2, 6, 2), (1.0, 1.0, 1.0, 1.0), 0.1),
+        ("S", (3, 5, 9, 3), (1.0, 1.0, 1.0, 1.0), 0.15),
+        ("B", (4, 6, 12, 6), (1.0, 1.0, 1e-6, 1e-6), 0.4),
+        ("L", (4, 7, 19, 8), (1e-6, 1e-6, 1e-6, 1e-6), 0.55),
+    ],
+)
+def test_variants_train_as_published(
+    name: str, depths: tuple[int, ...], scales: tuple[float, ...], last_drop: float
+) -> None:
+    with torch.device("meta"):
+        net = NaLaFormer.variant(name)
+    assert tuple(len(stage) for stage in net.stages) == depths
+    assert tuple(net.config()["scales"]) == scales
+    assert net.stages[0][0].drop.p == 0.0 and net.stages[-1][-1].drop.p == pytest.approx(last_drop)
 
 
 def test_scales_begin_as_published() -> None:

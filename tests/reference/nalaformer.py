@@ -88,7 +88,8 @@ def attention(
             out[i] += share * (turned_q[i] @ turned_k[j]) * v[j]
             weight += share * float(phi_q[i] @ phi_k[j])
             n += share
-        out[i] = (out[i] / max(n, 1.0)) / (weight / max(n, 1.0) + eps)
+        n = n or 1.0
+        out[i] = (out[i] / n) / (weight / n + eps)
     return out
 
 

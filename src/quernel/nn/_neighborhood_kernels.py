@@ -188,7 +188,7 @@ def _slopes_of(by_row: bool) -> Callable[..., None]:
     def write(
         e: Emitter, scores: Any, dots: Any, rows: Any, lse: Any, delta: Any, indices: Any = None, stride: Any = None
     ) -> None:
-        b = e.builder
+        b, nothing = e.builder, e.zeros(ROW)
         lanes = [] if by_row else [e.load(lse, ROW), e.load(delta, ROW)]
 
         def two(i: Any) -> list[Any]:
@@ -197,7 +197,9 @@ def _slopes_of(by_row: bool) -> Callable[..., None]:
                 if by_row:
                     mine = [e.splat(e.load(_row(e, indices, at, base, stride), F32)) for base in (lse, delta)]
                 place, other = e.offset(scores, at, BYTES), e.offset(dots, at, BYTES)
-                weight = _exp2(e, b.fsub(e.load(place, ROW), mine[0]))
+                # Not above zero: there rounding puts sums of very large scores.
+                power = b.fsub(e.load(place, ROW), mine[0])
+                weight = _exp2(e, b.select(b.fcmp_ordered(">", power, nothing), nothing, power))
                 e.store(weight, place)
                 e.store(b.fmul(weight, b.fsub(e.load(other, ROW), mine[1])), other)
             return []

@@ -28,6 +28,10 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def streams(batch: int) -> tuple[Tensor, Tensor]:
+    return NeighborhoodAttention1d(8, 2, 3, is_causal=True).init_state(batch)
+
+
 @pytest.mark.parametrize(
     ("cls", "shape", "options"),
     [
@@ -71,8 +75,28 @@ def test_masked_tokens_are_left_out_of_every_softmax() -> None:
     assert single(x.float(), mask=torch.zeros_like(mask)).isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e-19, 0.24, 1.758, 300.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_work_at_any_scale_and_leave_gradients_alone(scale: float, dtype: torch.dtype) -> None:
+    # Whole windows are masked here, and a loss of all tokens reads what stands there.
+    mixer, x = NeighborhoodAttention2d(12, 2, 3, qk_scale=scale).to(dtype), draw(1, 6, 12, 12).to(dtype)
+    mask = torch.zeros(1, 6, 12, dtype=torch.bool)
+    mask[:, :, :4] = True
+    mixer(x, mask=mask).square().sum().backward()
+    assert all(float(p.grad.abs().max()) < 1e3 for p in mixer.parameters())
+    noise = torch.where(mask[..., None], x, 1e3 * draw(*x.shape, seed=1))
+    got, wanted = mixer(noise, mask=mask), mixer(x, mask=mask)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    # Beside masked tokens, as if the windows held only what is kept.
+    q, k, v = (part.unflatten(-1, (2, 6)) for part in mixer.qkv(x).flatten(1, 2).split(12, -1))
+    kept = mask.flatten().nonzero().flatten()
+    seen = (neighborhood_mask((6, 12), 3) & mask.flatten())[kept]
+    out, _ = reference.attention(q[:, kept], k, v, seen, scale)
+    torch.testing.assert_close(wanted.flatten(1, 2)[:, kept], mixer.proj(out.flatten(-2)), **CLOSE)
+
+
 @pytest.mark.parametrize(("window", "dilation"), [(1, 1), (4, 1), (3, 2), (30, 1)])
-@pytest.mark.parametrize("pieces", [[1] * 17, [5, 1, 8, 3], [17]])
+@pytest.mark.parametrize("pieces", [[1] * 17, [5, 1, 8, 3], [17], [0, 3, 0, 14]])
 def test_streams_equal_the_whole(window: int, dilation: int, pieces: list[int]) -> None:
     mixer, x = NeighborhoodAttention1d(8, 2, window, dilation=dilation, is_causal=True), draw(2, 17, 8)
     state, outs = mixer.init_state(2), []
@@ -80,7 +104,15 @@ def test_streams_equal_the_whole(window: int, dilation: int, pieces: list[int]) 
         y, state = mixer(piece, state=state)
         outs.append(y)
         assert state[0].shape[1] <= (window - 1) * dilation
+        # No memory of the tokens before is held.
+        assert all(t.untyped_storage().nbytes() == 4 * t.numel() for t in state)
     torch.testing.assert_close(torch.cat(outs, 1), mixer(x), **CLOSE)
+
+
+def test_a_state_begins_where_the_parameters_are() -> None:
+    mixer = NeighborhoodAttention1d(8, 2, 3, is_causal=True)
+    assert mixer.to("meta").init_state(1)[0].device.type == "meta"
+    assert mixer.init_state(1, device="cpu")[0].device.type == "cpu"
 
 
 def test_which_are_causal() -> None:
@@ -145,6 +177,11 @@ def test_it_stands_in_for_a_convolution() -> None:
         (lambda: NeighborhoodAttention2d(8, 2, 3)(draw(1, 7, 8)), "2 axes"),
         (lambda: NeighborhoodAttention1d(8, 2, 3).init_state(1), "only with is_causal=True and stride=1"),
         (lambda: NeighborhoodAttention1d(8, 2, 3, 2, is_causal=True).init_state(1), "depends on the length"),
+        (lambda: NeighborhoodAttention1d(8, 2, 3)(draw(1, 4, 8), state=streams(1)), "only with is_causal=True"),
+        (
+            lambda: NeighborhoodAttention1d(8, 2, 3, is_causal=True)(draw(3, 4, 8), state=streams(2)),
+            "state must be of the 3 streams of x; got one of 2",
+        ),
     ],
 )
 def test_what_cannot_be_right_is_refused(call: Any, message: str) -> None:

@@ -50,7 +50,7 @@ def test_the_layer_is_its_formula(kind: Any) -> None:
     layer, x = kind(8, 2, rope="2d", lepe=3).double(), draw(1, 3, 5, 8).double()
     with torch.no_grad():
         wanted = by_formula(layer, x[0], reference.grid_angles(3, 5, 4))
-        torch.testing.assert_close(layer(x)[0], wanted, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(layer(x)[0], wanted, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(layer.float()(x.float())[0].double(), wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -84,7 +84,7 @@ def test_steps_are_the_forward_pass(options: dict[str, Any]) -> None:
     layer, x = made(16, 2, causal=True, chunk=4, **options), draw(2, 10, 16)
     with torch.no_grad():
         wanted = layer(x)
-        for sizes in ([1] * 10, [3, 1, 6], [9, 1]):
+        for sizes in ([1] * 10, [3, 1, 6], [9, 1], [0, 4, 0, 6]):
             state, parts = layer.init_state(2), []
             for part in x.split(sizes, dim=1):
                 y, state = layer(part, state=state)
@@ -102,6 +102,38 @@ def test_the_state_does_not_grow() -> None:
             _, state = layer.step(draw(1, 16, seed=t), state)
     assert [t.numel() for t in (*state.sums, state.recent)] == sizes
     assert sum(sizes[:3]) == 2 * (2 * 8 * 8 + 2 * 8 + 1)
+    # Nor does it hold the memory of a long beginning.
+    _, state = layer(draw(1, 300, 16), state=layer.init_state(1))
+    assert state.recent.untyped_storage().nbytes() == 4 * state.recent.numel() == 4 * 4 * 16
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
+def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
+    layer, x = made(16, 2, rope="2d"), draw(*shape, 16)
+    with torch.no_grad():
+        assert layer(x).shape == x.shape
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"rope": "2d", "norm_scale": "learn"}, {"rope": "1d", "causal": True, "chunk": 4}])
+def test_it_compiles_whole(options: dict[str, Any]) -> None:
+    # Inference and training take different operations.
+    layer = made(16, 2, **options)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    shapes = ((9,), (13,)) if "causal" in options else ((4, 5), (6, 3))
+    for shape in shapes:
+        x = draw(2, *shape, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), layer(x), **CLOSE)
+        got, wanted = (
+            torch.autograd.grad(f(a).square().sum(), a)[0]
+            for f in (compiled, layer)
+            for a in [x.clone().requires_grad_()]
+        )
+        torch.testing.assert_close(got, wanted, **CLOSE)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("kind", [NormAwareLinearAttention, GatedSoftmaxAttention])
@@ -180,6 +212,16 @@ def test_flops_count_what_grows() -> None:
         (lambda: made(8, 2, causal=True, decay="a"), "decay"),
         (lambda: made(8, 2).init_state(1), "only with causal=True"),
         (lambda: made(8, 2, causal=True, rope="2d", lepe=None, ndim=2).init_state(1), "only with causal=True"),
+        (
+            lambda: made(8, 2, causal=True, rope="2d", lepe=None)(
+                draw(1, 2, 2, 8), state=made(8, 2, causal=True).init_state(1)
+            ),
+            "only with causal=True",
+        ),
+        (
+            lambda: made(8, 2, causal=True)(draw(3, 2, 8), state=made(8, 2, causal=True).init_state(1)),
+            "state must hold tensors of shapes",
+        ),
         (lambda: made(8, 2)(draw(1, 4, 8)), r"x must have shape \(B, \*S, 8\)"),
         (lambda: made(8, 2)(draw(1, 4, 4, 8), mask=torch.ones(1, 4, 5)), "mask must have shape"),
     ],

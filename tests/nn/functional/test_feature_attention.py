@@ -133,6 +133,30 @@ def test_masked_keys_are_as_if_they_were_not_there(causal: bool) -> None:
     assert linear_attention(phi_q, phi_k, v, causal=causal, mask=torch.zeros_like(mask)).abs().max() == 0
 
 
+@pytest.mark.parametrize("steps", [False, True])
+def test_behind_a_long_gap_of_masked_keys_the_decay_cancels(steps: bool) -> None:
+    # The decayed count falls with the sums: the mean weight stays what it was, far above eps.
+    phi_q, phi_k, v = drawn(60)
+    mask, gamma = (torch.arange(60) < 5).expand(2, -1), torch.tensor([0.6, 0.9], dtype=torch.float64)
+    if steps:
+        state, out = LinearAttentionState.empty(2, 2, 8, 5, dtype=torch.float64), []
+        for t in range(60):
+            part = [x[:, :, t : t + 1] for x in (phi_q, phi_k, v)]
+            y, state = linear_attention(*part, causal=True, decay=gamma, mask=mask[:, t : t + 1], state=state)
+            out.append(y)
+        got = torch.cat(out, 2)
+    else:
+        got = linear_attention(phi_q, phi_k, v, causal=True, chunk=8, decay=gamma, mask=mask)
+    torch.testing.assert_close(got, whole(phi_q, phi_k, v, gamma, mask, causal=True), **EXACT)
+    # The same query right behind the kept keys.
+    near = [
+        torch.cat([t[:, :, :5], x], 2)
+        for t, x in zip((phi_q, phi_k, v), (phi_q[:, :, -1:], 0 * phi_k[:, :, :1], 0 * v[:, :, :1]), strict=True)
+    ]
+    wanted = linear_attention(*near, causal=True, decay=gamma, mask=mask[:, :6])
+    torch.testing.assert_close(got[:, :, -1], wanted[:, :, -1], **EXACT)
+
+
 def test_the_last_row_of_a_prefix_is_that_of_all_its_keys() -> None:
     phi_q, phi_k, v = drawn(10)
     causal = linear_attention(phi_q, phi_k, v, causal=True, chunk=3)

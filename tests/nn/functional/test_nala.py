@@ -64,13 +64,13 @@ def test_scales_belong_to_heads() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_attention_is_the_matrix_of_weights(causal: bool, rope: bool, dtype: torch.dtype) -> None:
     q, k, v = drawn(tokens=6, size=8)
-    turns, angles = (rope2d(2, 3, 8), reference.grid_angles(2, 3, 8)) if rope else (None, None)
+    turns, angles = (rope2d(2, 3, 8, dtype=dtype), reference.grid_angles(2, 3, 8)) if rope else (None, None)
     got = nala_attention(*(t.to(dtype) for t in (q, k, v)), causal=causal, chunk=4, rope=turns)
     phi_q, phi_k = reference.features(q, 3.0, 1.0), reference.features(k, 3.0, None)
     for b in range(2):
         for h in range(2):
             wanted = reference.attention(phi_q[b, h], phi_k[b, h], v[b, h], causal=causal, angles=angles)
-            close = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 1e-7, "atol": 1e-7}
+            close = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else EXACT
             torch.testing.assert_close(got[b, h].double(), wanted, **close)
 
 

@@ -186,6 +186,20 @@ def test_large_scores_and_nan(backend: str) -> None:
     assert na1d(q, k, v, 5, backend=backend)[0, :3].isnan().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_of_large_sums_makes_no_weight_above_one(backend: str, dtype: torch.dtype) -> None:
+    # Equal scores near -1e20: their logarithm of sums is rounded by more than 2^40, either way.
+    x = torch.ones(1, 12, 1, 1, dtype=dtype)
+    for step in range(40):
+        q, k, v = (t.clone().requires_grad_() for t in (x, -1e20 * x, x))
+        out = na1d(q, k, v, 5, scale=0.05 + step / 17, backend=backend)
+        (out[:, :6].sum() + 0.5 * out.sum()).backward()  # type: ignore[union-attr]
+        # A value is seen by nine queries at most.
+        assert v.grad.isfinite().all() and float(v.grad.abs().max()) <= 1.5 * 9
+        assert q.grad.isfinite().all() and k.grad.isfinite().all()
+
+
 X = torch.ones(1, 6, 5, 2, 4)
 
 

@@ -24,8 +24,8 @@ from quernel.nn._neighborhood_plan import axes_of
 from quernel.nn.functional._neighborhood_options import Numbers, check_strides, checked_options, flags_of, per_axis
 from quernel.nn.functional.neighborhood import na1d, na2d, na3d
 
-# What a masked key's score is about, at a scale of 1.
-FAR = -1e20
+# What a masked key's score is about, and the most that the number beside it may be that undoes a small scale.
+FAR, MOST = -1e20, 1e4
 
 
 def _made(cls: type[_NeighborhoodAttention], *arguments: Any, **options: Any) -> Any:
@@ -121,7 +121,8 @@ class _NeighborhoodAttention(Mixer):
             # One more channel of queries and keys adds so much less to the score of a masked key that its weight is 0.
             far = max(FAR, torch.finfo(k.dtype).min / 4)
             bias = torch.zeros_like(mask, dtype=k.dtype).masked_fill_(~mask, far)[..., None, None]
-            q, k = F.pad(q, (0, 1), value=1.0), torch.cat([k, bias.expand(*k.shape[:-1], 1)], -1)
+            q = F.pad(q, (0, 1), value=min(1 / self._scale(), MOST))
+            k = torch.cat([k, bias.expand(*k.shape[:-1], 1)], -1)
         na = (na1d, na2d, na3d)[self.ndim - 1]
         y = na(q, k, v, self.kernel_size, self.stride, self.dilation, self.is_causal, self._scale())
         return self._merged(cast(Tensor, y))
@@ -167,15 +168,15 @@ class NeighborhoodAttention1d(_NeighborhoodAttention):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return empty keys and values, (B, 0, heads, D) each."""
-        if not self.causal or self.stride != (1,):
-            raise QuernelError(
-                "NeighborhoodAttention1d has a recurrent form only with is_causal=True and stride=1; with a stride the "
-                "window of the last group depends on the length"
-            )
+        self._check_recurrent()
+        device = self.qkv.weight.device if device is None else device
         empty = torch.empty(batch, 0, self.num_heads, self.dim // self.num_heads, device=device, dtype=dtype)
         return empty, empty
 
     def _continue(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # (B, T, C)
+        self._check_recurrent()
+        if len(state[0]) != len(x):
+            raise QuernelError(f"state must be of the {len(x)} streams of x; got one of {len(state[0])}")
         q, k, v = self._heads(x)
         before = state[0].shape[1]
         k, v = torch.cat([state[0].to(k.dtype), k], 1), torch.cat([state[1].to(v.dtype), v], 1)
@@ -187,7 +188,15 @@ class NeighborhoodAttention1d(_NeighborhoodAttention):
             y = cast(Tensor, na1d(q, k, v, self.kernel_size, 1, self.dilation, True, self._scale()))[:, before:]
         held = (self.kernel_size[0] - 1) * self.dilation[0]
         first = max(0, k.shape[1] - held)
-        return self._merged(y), (k[:, first:], v[:, first:])
+        # Copies: slices would keep all tokens of x in memory.
+        return self._merged(y), (k[:, first:].clone(), v[:, first:].clone())
+
+    def _check_recurrent(self) -> None:
+        if not self.causal or self.stride != (1,):
+            raise QuernelError(
+                "NeighborhoodAttention1d has a recurrent form only with is_causal=True and stride=1; with a stride the "
+                "window of the last group depends on the length"
+            )
 
     def _last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, 1, H, D) -> (B, 1, H, D)
         """Attend from the last token."""

@@ -101,7 +101,7 @@ class GatedAttention(Mixer):
 
     def _convolved(self, v: Tensor, sizes: Sequence[int], before: Tensor | None = None) -> Tensor | None:
         """Convolve the values on their grid, zeros or what was ``before`` beyond it; (B, N, C)."""
-        if self.lepe is None:
+        if self.lepe is None or v.shape[1] == 0:
             return None
         weight, pad = self.conv.weight, self.lepe // 2
         if self.ndim == 1:
@@ -247,8 +247,7 @@ class NormAwareLinearAttention(GatedAttention):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> NormAwareState:
         """Return the state before the first token."""
-        if not self.causal or self.rope == "2d":
-            raise QuernelError('NormAwareLinearAttention has a recurrent form only with causal=True, and not rope="2d"')
+        self._check_recurrent()
         like = self.project.weight
         device, size = like.device if device is None else device, self.dim // self.heads
         wide = torch.promote_types(like.dtype if dtype is None else dtype, torch.float32)
@@ -261,14 +260,20 @@ class NormAwareLinearAttention(GatedAttention):
         return out
 
     def _continue(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        self._check_recurrent()
         q, k, v, gate = self._projected(x)
         rope = self._turns(x.shape[1:2], x, state.position)
         y, sums = nala_attention(*(self._split(t) for t in (q, k, v)), rope=rope, state=state.sums, **self._told(v))
         recent = state.recent.to(v.dtype)
         lepe = self._convolved(v, x.shape[1:2], recent)
         kept = torch.cat([recent, v], dim=1)
-        after = NormAwareState(sums, kept[:, kept.shape[1] - recent.shape[1] :], state.position + x.shape[1])
-        return self._finished(y, lepe, gate), after
+        # A copy: a slice would keep all tokens of x in memory.
+        recent = kept[:, kept.shape[1] - recent.shape[1] :].clone()
+        return self._finished(y, lepe, gate), NormAwareState(sums, recent, state.position + x.shape[1])
+
+    def _check_recurrent(self) -> None:
+        if not self.causal or self.rope == "2d":
+            raise QuernelError('NormAwareLinearAttention has a recurrent form only with causal=True, and not rope="2d"')
 
     def _told(self, v: Tensor) -> dict[str, Any]:
         wide = torch.promote_types(v.dtype, torch.float32)
