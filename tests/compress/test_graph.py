@@ -76,6 +76,11 @@ def test_one_layer_residual_has_rows_and_columns_in_one_group() -> None:
     assert [s.axis for s in group.slots if s.tensor == "a.weight"] == [0, 1]
 
 
+def test_a_change_of_dtype_hands_channels_on() -> None:
+    net = Net(lambda m, x: m.b(F.relu(m.a(x)).to(torch.float64).to(x.dtype)), a=conv(3, 8), b=conv(8, 2))
+    assert ("a", "b") in [g.names for g in channel_groups(net, IMAGE)]
+
+
 def test_concatenation_splits_the_columns_of_the_reader() -> None:
     net = Net(
         lambda m, x: m.c(F.relu(torch.cat([m.a(x), m.b(x)], 1))).mean((1, 2, 3)),

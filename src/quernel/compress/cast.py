@@ -2,7 +2,8 @@
 
 On CPUs with bfloat16 units this is also fast: 3x float32 end to end on an encoder. Linear layers and 2-D
 convolutions compute in the dtype they store and take inputs of any dtype; every other floating parameter
-and buffer is cast in place, except in layer, group and batch norms and inside what another method put in.
+and buffer is cast in place, except in layer, group and batch norms, inside what another method put in, and
+what a module names in ``keeps_float32``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from quernel.nn.weights import DenseWeight
 from quernel.nn.weights._base import dtype_name
 from quernel.nn.weights.dense import DTYPES
 
+HALF = ("bfloat16", "float16")
 # These read half-precision inputs with float32 parameters and answer in the input's dtype; the other way round
 # torch refuses, and a model whose first layer is a norm would no longer take float32 inputs.
 MIXED_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -77,7 +79,7 @@ class Cast(Method):
         layers, left_out = [], []
         inserted = None
         fused = opaque_parents(model)
-        half = self.dtype in ("bfloat16", "float16")
+        half = self.dtype in HALF
         for name, module in model.named_modules():
             if inserted is not None and name.startswith(f"{inserted}."):
                 continue
@@ -108,17 +110,21 @@ class Cast(Method):
                 self._cast_own(module)
 
     def _casts(self, module: nn.Module) -> bool:
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        return any(t.is_floating_point() and t.dtype != DTYPES[self.dtype] for t in own)
+        return any(t.dtype != DTYPES[self.dtype] for t in self._own(module).values())
+
+    def _own(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the floating tensors that the module itself holds, without those it needs in float32."""
+        own = dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
+        kept = getattr(module, "keeps_float32", ()) if self.dtype in HALF else ()
+        return {name: t for name, t in own.items() if t.is_floating_point() and name not in kept}
 
     def _cast_own(self, module: nn.Module) -> None:
         dtype = DTYPES[self.dtype]
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                setattr(module, name, buffer.to(dtype))
+        for name, tensor in self._own(module).items():
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.to(dtype)
+            else:
+                setattr(module, name, tensor.to(dtype))
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ class MAGNet(nn.Module):
     >>> MAGNet(8, ndim=2, size=(14, 14))().shape
     torch.Size([1, 8, 14, 14])
     """
+
+    #: What ``Cast`` leaves in float32: angles of thousands of radians have no fraction in half precision.
+    keeps_float32: ClassVar[tuple[str, ...]] = ("frequencies", "phases")
 
     def __init__(
         self,

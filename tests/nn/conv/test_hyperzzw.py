@@ -142,3 +142,13 @@ def test_flops() -> None:
 def test_what_cannot_be_right_is_refused(call: Any, message: str) -> None:
     with pytest.raises(QuernelError, match=message):
         call()
+
+
+def test_made_from_another_source_it_takes_half_precision() -> None:
+    torch.manual_seed(0)
+    mixer = HyperZZWLocal(6, 3, hidden=8).eval()
+    z, source = torch.randn(2, 6, 5, 5), torch.randn(2, 6, 5, 5)
+    wanted = mixer.from_source(z, source)
+    got = mixer.from_source(z.bfloat16(), source.bfloat16())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), wanted, rtol=0.05, atol=0.05)

@@ -121,6 +121,11 @@ def _same(flow: Flow, node: fx.Node, a: Operands) -> Axes:
     return flow.axes(node.all_input_nodes[0])
 
 
+def _checked(flow: Flow, node: fx.Node, a: Operands) -> Axes:
+    """Let pass what the export only asserts, beside every change of dtype: it hands nothing on."""
+    return untracked(node)
+
+
 def _bent(flow: Flow, node: fx.Node, a: Operands) -> Axes:
     x = flow.axes(node.all_input_nodes[0])
     flow.bend(x, operation_name(node))
@@ -311,6 +316,7 @@ RULES = _table(
         "relu leaky_relu abs neg dropout feature_dropout clone contiguous detach alias to _to_copy lift_fresh_copy",
     ),
     (_same, "type_as"),
+    (_checked, "_assert_tensor_metadata"),
     (_bent, "gelu silu sigmoid tanh hardswish hardsigmoid hardtanh relu6 elu selu celu softplus mish log_sigmoid"),
     (_bent, "clamp clamp_min clamp_max exp log sqrt rsqrt square reciprocal sin cos erf softsign"),
     (_pointwise, "add sub rsub mul div maximum minimum pow"),

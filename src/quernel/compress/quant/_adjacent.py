@@ -157,7 +157,7 @@ def activation_kind(module: nn.Module) -> str | None:
     """Return which known activation a parameter-free leaf module computes, told by its numbers."""
     if next(module.children(), None) is not None or next(iter(module.state_dict()), None) is not None:
         return None
-    if type(module).forward is nn.Module.forward or isinstance(module, nn.Identity | nn.Dropout):
+    if type(module).forward is nn.Module.forward or isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
         return None
     probe = torch.linspace(-8, 8, 65)
     try:

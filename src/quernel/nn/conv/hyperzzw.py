@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice, check_int
-from quernel.nn._mixer import Mixer
+from quernel.nn._mixer import Mixer, widened
 from quernel.nn.magnet import MAGNet
 
 CONTEXTS, MODES, STATS = ("sample", "batch", "none"), ("matmul", "hadamard"), ("running", "batch")
@@ -211,13 +211,15 @@ class HyperZZWLocal(Mixer):
 
     def from_source(self, z: Tensor, source: Tensor) -> Tensor:  # two (B, C, H, W) -> the same
         """Convolve ``z`` by kernels made from ``source``."""
+        given = z.dtype
+        z, source = widened(z, self), widened(source, self)
         content = None if self.context == "none" else source
         if self.context == "batch":
             content = F.adaptive_avg_pool2d(source, self.kernel_size).mean(0, keepdim=True)
         w = self.slow(content)  # (B or 1, C, k, k)
         batch, channels, *sizes = z.shape
         if batch == 0:
-            return z
+            return z.to(given)
         pad = self.kernel_size // 2
         if len(w) == 1 and self.context != "sample":
             y = F.conv2d(z, w.movedim(0, 1).to(z.dtype), padding=pad, groups=channels)
@@ -226,7 +228,7 @@ class HyperZZWLocal(Mixer):
             y = F.conv2d(z.reshape(1, batch * channels, *sizes), kernels, padding=pad, groups=batch * channels)
             y = y.view(batch, channels, *sizes)
         out: Tensor = F.gelu(self.norm(self.mix(y))) + self.bias
-        return out
+        return out.to(given)
 
     def _mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
         z = x.movedim(-1, 1)

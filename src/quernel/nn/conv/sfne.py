@@ -167,6 +167,8 @@ class SFNEBlock(nn.Module):
         fast = F.instance_norm(self.weights_gate(weights) + self.input_gate(x), eps=EPS)
         mix = F.instance_norm(self.mix(x), eps=EPS)
         channels = F.instance_norm(self.channels(x), eps=EPS)
+        # Cast convolutions answer in their own dtype, whatever they are given; a product of maps takes one.
+        fast, mix, channels = (branch.to(weights.dtype) for branch in (fast, mix, channels))
         o, o_mix, o_channels = (weights @ branch for branch in (fast, mix, channels))
         pairs = ((channels, x), (x, channels), (x, mix), (mix, x))
         nets: Any = self.local
