@@ -175,7 +175,8 @@ def build_architecture(architecture: Mapping[str, Any], path: Path, files: Path 
     else:
         raise QuernelError(
             f"{path} holds a model of class {name!r}, which Quernel cannot build by itself. "
-            "Pass it: quernel.load(path, model=YourClass(...)) or model=a function that builds it"
+            "Pass it: quernel.load(path, model=YourClass(...)) or model=a function that builds it; on the command line "
+            "package.module:factory as the model, and --weights with this folder"
         )
     if not isinstance(model, nn.Module):
         raise FormatError(f"{file}: field 'quernel.content.architecture.class' names {name!r}, which is not a model")

@@ -85,6 +85,20 @@ def test_weights_are_used(work: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert float(quernel.load("small", model=_build).state_dict()["0.weight.values"].abs().max()) == 0.0
 
 
+def test_a_saved_model_of_an_own_class_is_taken_and_goes_on(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = _build()
+    nn.init.zeros_(model[0].weight)
+    quernel.models.save(model, "mine")
+    words = ["compress", "toy_net:build", "-m", "weight-int8", "--json"]
+    assert main([*words, "--include", "0", "--weights", "mine", "--out", "small"]) == 0
+    assert float(quernel.load("small", model=_build)[0].weight.dense().abs().max()) == 0.0
+    capsys.readouterr()
+    assert main([*words, "--weights", "small"]) == 0
+    assert {row["name"]: row["action"] for row in json.loads(capsys.readouterr().out)["layers"]}["2"] == "int8 weight"
+    assert main(["compress", "mine", "-m", "cast"]) == 2
+    assert "--weights with this folder" in capsys.readouterr().err
+
+
 def test_search_keeps_its_budget_and_resumes(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "compress",

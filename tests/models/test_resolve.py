@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file, save_model
 
 from quernel import models
 from quernel._errors import FormatError, QuernelError
+from quernel.compress import WeightInt8, compress
 from quernel.models import DigitsCNN, TinyLM, _bundled
+from quernel.search import FlatIndex
 
 FACTORY = """
 import torch
@@ -51,6 +53,21 @@ def test_names_are_documented_and_sorted() -> None:
     assert models.names() == sorted(models.names())
     with pytest.raises(QuernelError, match=r"'digits-cnn', 'minilm'.*got 'gpt'"):
         models.load("gpt")
+
+
+def test_a_folder_of_an_own_class_is_taken_as_weights(tmp_path: Path) -> None:
+    model = _net()
+    x = torch.linspace(-1, 1, 8).reshape(2, 4)
+    plain = models.save(model, tmp_path / "mine")
+    torch.testing.assert_close(models.resolve("toy_factory:build", weights=plain)(x), model(x), rtol=0, atol=0)
+    small = compress(model, WeightInt8())
+    again = models.resolve("toy_factory:build", weights=small.save(tmp_path / "small"))
+    torch.testing.assert_close(again(x), small.model(x), rtol=0, atol=0)
+    with pytest.raises(QuernelError, match=r"package\.module:factory as the model, and --weights"):
+        models.resolve(plain)
+    FlatIndex(2).save(tmp_path / "index")
+    with pytest.raises(QuernelError, match="holds a FlatIndex, not a model"):
+        models.resolve("toy_factory:build", weights=tmp_path / "index")
 
 
 def test_quernel_folder(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def compress(
     option: Annotated[Texts, typer.Option("--option", "-o", help="METHOD.NAME=VALUE, repeatable.")] = None,
     budget: Annotated[str | None, typer.Option(help="Search: bytes=0.3,drop=0.01,latency_ms=20.")] = None,
     data: Annotated[str | None, typer.Option(help="A data set (`quernel data`) or a file of yours.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="A .safetensors file for the model.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="For the model: a .safetensors file or a saved folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the compressed model.")] = None,
     report: Annotated[Path | None, typer.Option(help="Where to write the report: FILE.html or FILE.json.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of finished trials; continue a search there.")] = None,

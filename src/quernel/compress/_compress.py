@@ -22,6 +22,7 @@ from quernel._load import save_model
 from quernel.compress._context import OPAQUE, Context, Forward, Progress, is_below, opaque_parents
 from quernel.compress._measure import (
     Evaluate,
+    check_dtypes,
     check_runs,
     checked_metric,
     environment,
@@ -127,8 +128,9 @@ def compress(
     Raises
     ------
     QuernelError
-        If a method lacks what it needs, nothing can be compressed, the result does not run on the first
-        batch, or ``evaluate`` fails. The original model is unharmed, unless ``inplace=True``.
+        If a method lacks what it needs, the data has another dtype than the model, nothing can be compressed, the
+        result does not run on the first batch, or ``evaluate`` fails. The original model is unharmed, unless
+        ``inplace=True``.
 
     Examples
     --------
@@ -238,6 +240,7 @@ def check_needs(model: nn.Module, methods: Sequence[Method], context: Context, f
                 raise QuernelError(f"{type(m).__name__} needs {need}; pass {remedy[need]}")
     if context.data is not None:
         next(context.batches())
+    check_dtypes(model, context)
 
 
 def available(context: Context, finetune: Finetune | None) -> frozenset[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,6 +99,54 @@ def check_runs(model: nn.Module, context: Context, made_by: str) -> None:
             f"the model no longer runs after {made_by}: {type(error).__name__}: {error}. "
             "Leave the module concerned out with exclude="
         ) from error
+
+
+def check_dtypes(model: nn.Module, context: Context) -> None:
+    """Raise if the model, as it was given, cannot run on its data for the dtype of the numbers alone.
+
+    Runs the model only where a dtype of the batch is none of the model's, since it may convert its inputs itself.
+    """
+    own = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    batch = timing_batch(context)
+    held = {t.dtype for t in _tensors(batch) if t.is_floating_point()}
+    if not own or held <= set(own):
+        return
+    try:
+        with evaluating(model), torch.no_grad():
+            run_timing(model, batch, context)
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        fitted = _with_floats(batch, own[0])
+        again = context if context.example_inputs is None else replace(context, example_inputs=fitted)
+        try:
+            with evaluating(model), torch.no_grad():
+                run_timing(model, fitted, again)
+        except Exception:
+            return  # something else is wrong, and whoever meets it next can say what
+        name = "data" if context.example_inputs is None else "example_inputs"
+        odd = ", ".join(sorted(str(dtype) for dtype in held - set(own)))
+        raise QuernelError(
+            f"{name} holds tensors of {odd}, which this model of {own[0]} does not take; got {type(error).__name__}: "
+            f"{error}. Convert them, e.g. x.to({own[0]})"
+        ) from error
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def _with_floats(batch: Any, dtype: torch.dtype) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    if isinstance(batch, Mapping):
+        return {key: _with_floats(value, dtype) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_with_floats(value, dtype) for value in batch)
+    return batch
 
 
 def layer_errors(before: nn.Module, after: nn.Module, names: Sequence[str], context: Context) -> dict[str, float]:

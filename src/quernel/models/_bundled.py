@@ -62,7 +62,18 @@ def load(name: str, *, progress: Progress | None = None) -> nn.Module:
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write a model into a folder that ``quernel.load`` reads; returns the folder.
+    """Write a model into a folder that ``quernel.load`` and ``quernel compress`` read; returns the folder.
+
+    A model of ``quernel.models`` or of transformers comes back from the folder alone. Of a class of your own the folder
+    holds the weights and what methods changed; who reads it gives the architecture:
+    ``quernel.load(path, model=MyNet)``, ``quernel compress mymodels.net:build --weights path``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Trained, compressed or both.
+    path : path
+        Created, or replaced in one step.
 
     Examples
     --------

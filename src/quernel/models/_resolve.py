@@ -36,7 +36,8 @@ def resolve(
         ``"package.module:factory"``, where ``factory()`` gives an ``nn.Module``. A bundled name wins over a
         folder of that name (write ``./name`` for the folder).
     weights : path, optional
-        A ``.safetensors`` file whose names and shapes are exactly the model's.
+        A ``.safetensors`` file whose names and shapes are exactly the model's, or a folder that ``models.save`` or
+        ``Result.save`` wrote of a model of this class, compressed or not.
     progress : callable, optional
         ``progress(message, fraction)``, where the model must be trained first.
 
@@ -58,17 +59,16 @@ def resolve(
         raise QuernelError(
             f"model must be a bundled name ({', '.join(names())}), a folder, or package.module:factory; got {text!r}"
         )
-    if weights is not None:
+    if weights is not None and Path(weights).is_dir():
+        model = _saved(Path(weights), model)
+    elif weights is not None:
         _fill(model, Path(weights))
     return model.eval()
 
 
 def _from_folder(folder: Path) -> nn.Module:
     if is_quernel_folder(folder):
-        loaded = load_folder(folder)
-        if not isinstance(loaded, nn.Module):
-            raise QuernelError(f"{folder} holds a {type(loaded).__name__}, not a model")
-        return loaded
+        return _saved(folder)
     if is_sentence_folder(folder):
         return SentenceEncoder.from_folder(folder)
     if (folder / CONFIG).is_file():
@@ -77,6 +77,13 @@ def _from_folder(folder: Path) -> nn.Module:
         f"{folder}: neither {CONFIG} nor modules.json is there; expected a folder saved by Quernel, transformers or "
         "sentence-transformers"
     )
+
+
+def _saved(folder: Path, model: nn.Module | None = None) -> nn.Module:
+    loaded = load_folder(folder, model)
+    if not isinstance(loaded, nn.Module):
+        raise QuernelError(f"{folder} holds a {type(loaded).__name__}, not a model")
+    return loaded
 
 
 def _from_transformers(folder: Path) -> nn.Module:
@@ -132,7 +139,8 @@ def _from_factory(text: str) -> nn.Module:
 def _fill(model: nn.Module, file: Path) -> None:
     if file.suffix != ".safetensors":
         raise QuernelError(
-            f"weights must be a .safetensors file; got {str(file)!r}. Convert with safetensors.torch.save_model"
+            f"weights must be a .safetensors file, or a folder that quernel.models.save wrote; got {str(file)!r}. "
+            "Convert with safetensors.torch.save_model"
         )
     tensors = read_safetensors(file)
     # safetensors stores tied tensors once; give the other names back.
