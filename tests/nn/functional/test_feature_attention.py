@@ -259,3 +259,15 @@ def test_what_cannot_be_right_is_refused(change: dict[str, Any], message: str) -
     given |= change
     with pytest.raises(QuernelError, match=message):
         linear_attention(given.pop("phi_q"), given.pop("phi_k"), given.pop("v"), **given)
+
+
+@pytest.mark.parametrize("tokens", [1, 6], ids=["recurrent", "chunked"])
+def test_tokens_before_the_first_key_have_finite_gradients(tokens: int) -> None:
+    phi = (1e3 * torch.rand(1, 1, tokens, 4)).requires_grad_()
+    v = torch.randn(1, 1, tokens, 2, requires_grad=True)
+    mask = torch.zeros(1, tokens, dtype=torch.bool)
+    out = linear_attention(phi, phi, v, causal=True, chunk=4, mask=mask, decay=torch.tensor([0.5]))
+    assert not out.any()
+    (1e6 * out).sum().backward()
+    assert phi.grad.isfinite().all()
+    assert v.grad.isfinite().all()

@@ -26,7 +26,8 @@ from quernel.nn.functional.rope import check_rope, rotate
 
 # Chunks whose decayed sums are added by one triangular product; more are taken in groups.
 GROUP = 32
-# Numbers of keys are divided by; a decay may leave less than one of them, but none only where no key counts.
+# Numbers of keys are divided by; a decay may leave less than one of them.  Below this no key counts, and sums of
+# nothing are divided by 1: by less, their gradients would be infinite.
 LEAST_COUNT = 1e-30
 # Tokens that inference takes at a time, so that what is between features and result stays in the cache.
 SEGMENT = 512
@@ -195,6 +196,10 @@ def _bidirectional(operands: _Operands, mask: Tensor | None, normalize: bool, ep
     return (turned_q @ (total / n)) / weight
 
 
+def _divisor(count: Tensor) -> Tensor:
+    return torch.where(count > LEAST_COUNT, count, 1.0)
+
+
 def _recurrent(
     operands: _Operands,
     before: LinearAttentionState,
@@ -213,7 +218,7 @@ def _recurrent(
     count = count + (1.0 if mask is None else mask.to(count.dtype))
     out = turned_q @ values  # (B, H, 1, D)
     if normalize:
-        n = count.clamp_min(LEAST_COUNT)[..., None, None]
+        n = _divisor(count)[..., None, None]
         out = (out / n) / (_column(phi_q, keys[:, :, None] / n) + eps)
     return out, LinearAttentionState(values, keys, count)
 
@@ -249,7 +254,7 @@ def _chunked(
     if normalize:
         if rotated:
             weight = products(phi_q, phi_k, kept.expand(*phi_q.shape[:-1], 1), keys, keys)[1]
-        n = (counts * left + falls @ kept).clamp_min(LEAST_COUNT)
+        n = _divisor(counts * left + falls @ kept)
         out = (out / n) / (weight / n + eps)
     after = LinearAttentionState(values_after, keys_after[..., 0], count_after[..., 0, 0])
     return out.flatten(2, 3)[:, :, :tokens], after
