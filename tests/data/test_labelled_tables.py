@@ -27,7 +27,11 @@ def test_archive() -> None:
     assert found.y.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("content", [b"", b"text", gzip.compress(b"a b"), gzip.compress(b"1 200:1\n")])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text", gzip.compress(b"a b"), gzip.compress(b"1 200:1\n")],
+    ids=["empty", "no gzip", "no numbers", "beyond the columns"],
+)
 def test_damage_is_named(content: bytes) -> None:
     with pytest.raises(DataError):
         labelled_tables._adult("train", content)
