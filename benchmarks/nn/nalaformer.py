@@ -95,19 +95,42 @@ def eager_trained(s: SimpleNamespace) -> None:
     trained(s, by_torch)
 
 
-def is_the_definition(s: SimpleNamespace, causal: bool = False) -> None:
+def turned(phi: Tensor, rope: Tensor) -> Tensor:
+    """Turn adjacent pairs by their token's angles, (N, SIZE / 2, 2)."""
+    (a, b), (c, s) = phi.unflatten(-1, (-1, 2)).unbind(-1), rope.double().unbind(-1)
+    return torch.stack([a * c - b * s, b * c + a * s], -1).flatten(-2)
+
+
+def is_the_definition(s: SimpleNamespace, causal: bool = False, rotary: bool = False) -> None:
     """Compare some rows with the whole weights in float64."""
     rows = torch.arange(0, s.tokens, s.tokens // 16)
     q, k, v = s.q[0, 0, rows].double(), s.k[0, 0].double(), s.v[0, 0].double()
     norm = q.norm(dim=-1, keepdim=True)
     unit, p = q / norm, 3 * (0.5 + torch.tanh(norm))
-    weights = (unit.relu() ** p) @ (k.relu() ** 3).T + ((-unit).relu() ** p) @ ((-k).relu() ** 3).T
+    halves = [(sign * unit).relu() ** p for sign in (1, -1)], [(sign * k).relu() ** 3 for sign in (1, -1)]
+    weights = sum(a @ b.T for a, b in zip(*halves, strict=True))
+    above = weights
+    if rotary:
+        above = sum(turned(a, s.rope[rows]) @ turned(b, s.rope).T for a, b in zip(*halves, strict=True))
     if causal:
-        weights = weights * (torch.arange(s.tokens) <= rows[:, None])
+        weights = above = weights * (torch.arange(s.tokens) <= rows[:, None])
     n = rows[:, None] + 1 if causal else s.tokens
-    wanted = (weights @ v / n) / (weights.sum(-1, keepdim=True) / n + 1e-6)
-    got = ours(s, causal=causal)[0, 0, rows]
+    wanted = (above @ v / n) / (weights.sum(-1, keepdim=True) / n + 1e-6)
+    got = ours(s, causal=causal, rope=s.rope if rotary else None)[0, 0, rows]
     torch.testing.assert_close(got, wanted.float(), rtol=1e-3, atol=1e-4)
+
+
+def has_its_gradients(s: SimpleNamespace) -> None:
+    """Compare the gradients with those of torch's operations in float64."""
+    is_the_definition(s)
+    near, wide = (
+        [t.detach().to(dtype).requires_grad_() for t in (s.q, s.k, s.v)] for dtype in (torch.float32, torch.float64)
+    )
+    for leaves, attend in ((near, nala_attention), (wide, by_torch)):
+        attend(*leaves).square().sum().backward()
+    for got, want in zip(near, wide, strict=True):
+        close = 1e-4 * float(want.grad.abs().max())
+        torch.testing.assert_close(got.grad, want.grad.float(), rtol=1e-3, atol=close)
 
 
 def bound(s: SimpleNamespace, threads: int) -> float:
@@ -191,7 +214,7 @@ CASES = [
         setup=partial(setup, 4096),
         ours=lambda s: ours(s, rope=s.rope),
         peers={SDPA: softmax, ELU: elu},
-        gate=is_the_definition,
+        gate=partial(is_the_definition, rotary=True),
         bound_ms=bound,
         bound=BOUND,
     ),
@@ -209,7 +232,7 @@ CASES = [
         setup=partial(setup, 4096),
         ours=ours_trained,
         peers={SDPA: softmax_trained, "the same by torch operations": eager_trained},
-        gate=is_the_definition,
+        gate=has_its_gradients,
         bound_ms=lambda s, threads: 3 * bound(s, threads),
         bound=BOUND + ", three times",
     ),

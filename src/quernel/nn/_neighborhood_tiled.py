@@ -43,7 +43,7 @@ def gradients(
     for lanes, halo, mask in _pieces(plan.queries, q, v):
         queries, keys, values = _heads(q, lanes, groups), _rows(k, halo), _rows(v, halo)
         top, less = _heads(beside, lanes, groups).split(1, -1)
-        weights = _weights(_masked(queries @ keys.mT * scale, mask), top)
+        weights = torch.exp(_masked(queries @ keys.mT * scale, mask) - top)
         slopes = weights * (_heads(grad, lanes, groups) @ values.mT - less)
         held.append(_back(slopes @ keys * scale, lanes.shape[1]))
     dq = torch.cat(held, 1).index_select(1, plan.queries.on(q.device)["home"])
@@ -54,7 +54,7 @@ def gradients(
             keys, values = _rows(k, lanes), _rows(v, lanes)
             queries, grads = _heads(q, halo, groups), _heads(grad, halo, groups)  # (B, c, G, r m, D)
             top, less = _heads(beside, halo, groups).split(1, -1)
-            weights = _weights(_masked(queries @ keys.mT * scale, mask.mT), top)
+            weights = torch.exp(_masked(queries @ keys.mT * scale, mask.mT) - top)
             slopes = weights * (grads @ values.mT - less)
             both = torch.cat([slopes.mT @ queries * scale, weights.mT @ grads], -1)  # (B, c, G, t, D + E)
             pairs.append(both.transpose(2, 3).flatten(1, 2))
@@ -92,11 +92,6 @@ def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     share = scores.shape[3] // mask.shape[1]
     parts = scores.unflatten(3, (share, -1))
     return parts.masked_fill(~mask[None, :, None, None], float("-inf")).flatten(3, 4)
-
-
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """Return the weights again; rounding may put the sums of very large scores below a score, never by right."""
-    return torch.exp((scores - lse).clamp_max(0))
 
 
 def _back(x: Tensor, lanes: int) -> Tensor:  # (B, c, G, r t, D) -> (B, c t, H, D)

@@ -47,13 +47,6 @@ def _halo(offsets: tl.tensor, j: tl.tensor, origin: tl.tensor, NEAR: tl.constexp
 
 
 @triton.jit
-def _weights(scores: tl.tensor, lse: tl.tensor, seen: tl.tensor) -> tl.tensor:
-    """Return the weights again; rounding may put the sums of very large scores below a score, never by right."""
-    power = scores - lse[:, None]
-    return tl.where(seen, tl.exp(tl.where(power > 0, 0.0, power)), 0.0)
-
-
-@triton.jit
 def _attend_kernel(  # type: ignore[no-untyped-def]
     q, k, v, out, lse, lanes, origins, kinds, offsets, masks, scale,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, tokens, heads,
@@ -120,7 +113,7 @@ def _query_kernel(  # type: ignore[no-untyped-def]
         seen = tl.load(seen_by + first + j[None, :], mask=inside[None, :], other=0) != 0
         keys, values = _rows(keys_at, index, kt, inside, D, WIDE_D), _rows(values_at, index, vt, inside, E, WIDE_E)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        weights = _weights(scores, top, seen)
+        weights = tl.where(seen, tl.exp(scores - top[:, None]), 0.0)
         dots = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         slopes = weights * (dots - less[:, None])
         total += tl.dot(slopes.to(keys.dtype), keys, input_precision=PRECISION)
@@ -158,7 +151,7 @@ def _key_kernel(  # type: ignore[no-untyped-def]
             place = (b * tokens + index) * (groups * SHARE) + h
             top, less = tl.load(lse + place), tl.load(delta + place)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-            weights = _weights(scores, top, seen)
+            weights = tl.where(seen, tl.exp(scores - top[:, None]), 0.0)
             dots = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
             slopes = weights * (dots - less[:, None])
             to_values += tl.dot(tl.trans(weights.to(grads.dtype)), grads, input_precision=PRECISION)

@@ -75,7 +75,8 @@ def test_masked_tokens_are_left_out_of_every_softmax() -> None:
     assert single(x.float(), mask=torch.zeros_like(mask)).isfinite().all()
 
 
-@pytest.mark.parametrize("scale", [1e-19, 0.24, 1.758, 300.0])
+# At the second, sums of exponentials of a masked window were rounded below its scores.
+@pytest.mark.parametrize("scale", [1e-21, 0.23937644064426422, 300.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_masks_work_at_any_scale_and_leave_gradients_alone(scale: float, dtype: torch.dtype) -> None:
     # Whole windows are masked here, and a loss of all tokens reads what stands there.

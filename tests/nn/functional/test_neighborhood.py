@@ -186,18 +186,18 @@ def test_large_scores_and_nan(backend: str) -> None:
     assert na1d(q, k, v, 5, backend=backend)[0, :3].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rounding_of_large_sums_makes_no_weight_above_one(backend: str, dtype: torch.dtype) -> None:
-    # Equal scores near -1e20: their logarithm of sums is rounded by more than 2^40, either way.
-    x = torch.ones(1, 12, 1, 1, dtype=dtype)
-    for step in range(40):
+def test_rounding_of_large_sums_makes_no_weight_above_one() -> None:
+    # Logarithms of sums this large are rounded by more than the scores are apart, either way.
+    x = torch.ones(1, 12, 1, 1)
+    for scale in (0.095, 0.19, 0.38, 0.41):
         q, k, v = (t.clone().requires_grad_() for t in (x, -1e20 * x, x))
-        out = na1d(q, k, v, 5, scale=0.05 + step / 17, backend=backend)
-        (out[:, :6].sum() + 0.5 * out.sum()).backward()  # type: ignore[union-attr]
-        # A value is seen by nine queries at most.
-        assert v.grad.isfinite().all() and float(v.grad.abs().max()) <= 1.5 * 9
-        assert q.grad.isfinite().all() and k.grad.isfinite().all()
+        na1d(q, k, v, 5, scale=scale).sum().backward()  # type: ignore[union-attr]
+        # A value is seen by eight queries at most.
+        assert float(v.grad.abs().max()) <= 8
+    for seed in range(5):
+        q, k, v = (draw(1, 70, 2, 16, seed=seed + i).requires_grad_() for i in range(3))
+        na1d(1e4 * q, 1e4 * k, v, 5).sum().backward()  # type: ignore[union-attr]
+        assert float(v.grad.abs().max()) <= 8
 
 
 X = torch.ones(1, 6, 5, 2, 4)
