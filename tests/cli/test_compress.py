@@ -111,7 +111,9 @@ def test_search_keeps_its_budget_and_resumes(work: Path, capsys: pytest.CaptureF
         "cast,weight-int8",
     ]
     assert main([*arguments, "--resume", "trials", "--json"]) == 0
-    first = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    first = json.loads(out)
+    assert err.splitlines()[:3] == ["1: Cast", "2: WeightInt8", "3: WeightInt8 + Cast"]
     assert first["satisfied"] is True
     assert sum(trial["chosen"] for trial in first["trials"]) == 1
     before = sorted(Path("trials").rglob("*"))

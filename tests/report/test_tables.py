@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from quernel.report import LayerReport, Report, TrialReport
 
@@ -69,10 +71,50 @@ def test_unmet_budget_is_loud() -> None:
 
 
 def test_trials_show_choice_front_and_failures(report: Report) -> None:
-    rows = [" ".join(row.split()) for row in report.table().split("Tried\n")[1].splitlines()]
+    rows = [" ".join(row.split()) for row in report.table(max_layers=None).split("Tried\n")[1].splitlines()]
     assert any(row.startswith("*+ int8 + bf16 30.0 MB 33.3 % 100 ms 0.8196 ok") for row in rows)
     assert any("pruned hopeless" in row for row in rows)
     assert any("failed metric came out as nan" in row for row in rows)
+
+
+def test_on_screen_trials_that_failed_alike_share_a_line(report: Report) -> None:
+    def failing(i: int, label: str, reason: str) -> TrialReport:
+        return TrialReport(f"f{i}", label, status="failed", reason=reason)
+
+    more = [failing(i, f"Sparse(rate=0.{i})", f"Sparse(rate=0.{i}) changes nothing") for i in range(5)]
+    more += [
+        failing(8, "A(x=1) + B", "B gave up"),
+        failing(9, "C + B", "B gave up"),
+        failing(10, "D(y=2)", "D(y=2) fell"),
+    ]
+    searched = replace(report, trials=(*report.trials, *more))
+    text = searched.table()
+    rows = [" ".join(row.split()) for row in text.split("Tried in vain\n")[1].split("\n\n")[0].splitlines()]
+    assert "failed Sparse (5) Sparse changes nothing" in rows
+    assert "failed several (2) B gave up" in rows
+    assert "failed D(y=2) D fell" in rows
+    assert "pruned merge less hopeless" in rows
+    assert "10 trials; each of them is in the JSON and HTML forms" in rows
+    kept = text.split("Tried\n")[1].split("\n\n")[0]
+    assert "failed" not in kept and "*+  int8 + bf16" in kept and "300 ms" in kept
+    for whole in (searched.to_html(), searched.to_json(), searched.table(max_layers=None), searched.to_markdown()):
+        assert all(f"rate=0.{i}" in whole for i in range(5))
+
+
+def test_latency_that_was_never_measured_is_said_once() -> None:
+    trials = tuple(TrialReport(str(i), f"t{i}", ("A()",), 10, i + 1, None, i / 10) for i in range(3))
+    text = Report("t", (), 10, 5, trials=trials).table().split("Tried\n")[1].split("\n\n")[0]
+    assert text.count("not measured") == 1 and "latency not measured" in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_numbers_are_not_broken_on_a_narrow_screen(report: Report, width: int) -> None:
+    out = io.StringIO()
+    Console(file=out, width=width).print(report)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    layers = " ".join(out.getvalue().split("Layers\n")[1].split())
+    assert "400 KB 101 KB 25.2 %" in layers
 
 
 def test_markdown_tables_survive_hostile_names() -> None:

@@ -54,7 +54,7 @@ def compress(
         raise QuernelError("--dry-run makes no model to save; leave --out out")
     check_report_name(report)
     selection = {"include": split_list(include), "exclude": split_list(exclude)}
-    with progress_bar() as progress:
+    with progress_bar(steps=budget is not None) as progress:
         shared = {**selection, "progress": progress}
         plan = (
             _search_plan(budget, slugs, options) if budget is not None else {"method": chosen_methods(slugs, options)}

@@ -24,8 +24,9 @@ def demo(
     with progress_bar() as progress:
         note(f"model: {MODEL} (trained on scikit-learn's digits, seconds, kept for the next time)")
         model = models.load(MODEL, progress=progress)
-        task = models.task(model)
-        note(f"search: {BUDGET}")
+    task = models.task(model)
+    note(f"search: {BUDGET}")
+    with progress_bar(steps=True) as progress:
         result = compress.search(
             model,
             compress.Budget.parse(BUDGET),

@@ -10,7 +10,7 @@ import typer
 from quernel._catalogue import row
 from quernel._claims import read_claims
 from quernel._registry import find
-from quernel.cli._output import Json, console, emit, table
+from quernel.cli._output import Json, console, emit, prose, table
 
 
 def info(
@@ -42,7 +42,8 @@ def info(
             ("verdict", "ours", "baseline", "metric", "claim"),
             [(c["verdict"], _number(c["ours"]), _number(c["baseline"]), c["metric"], c["claim"]) for c in claims],
         )
-    console().print(inspect.getdoc(cls) or "", markup=False)
+    console().print()
+    prose(inspect.getdoc(cls) or "")
 
 
 def _number(value: Any) -> str:

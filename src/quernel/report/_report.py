@@ -273,7 +273,7 @@ class Report(Record):
         return tuple(layer for layer in self.layers if layer.untouched)
 
     def table(self, *, max_layers: int | None = 40) -> str:
-        """Return the report as aligned plain text; ``max_layers=None`` lists every layer."""
+        """Return the report as aligned plain text; ``max_layers=None`` lists every layer and every failed trial."""
         from quernel.report._tables import to_text
 
         return to_text(self, max_layers)

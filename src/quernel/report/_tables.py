@@ -69,8 +69,14 @@ def to_rich(report: Report, max_layers: int | None) -> RenderableType:
         if table.rows:
             grid = RichTable(box=None, pad_edge=False)
             for i, name in enumerate(table.header):
+                # Numbers are never broken, so that on a narrow screen names and reasons give way.
+                right = i in table.right
                 grid.add_column(
-                    name, justify="right" if i in table.right else "left", header_style="dim", overflow="fold"
+                    name.replace(" ", "\n") if right else name,
+                    justify="right" if right else "left",
+                    header_style="dim",
+                    overflow="fold",
+                    no_wrap=right,
                 )
             for row in table.rows:
                 # Text, not str: a layer called "[red]" is a name, not console markup.
@@ -82,7 +88,7 @@ def to_rich(report: Report, max_layers: int | None) -> RenderableType:
 
 
 def tables(report: Report, max_layers: int | None) -> list[Table]:
-    """Return every table that has something to say."""
+    """Return every table that has something to say; with ``max_layers`` long ones are shortened, trials too."""
     found = [_headline(report), _listing("Methods, in the order applied", "method", report.methods)]
     if report.budget is not None:
         verdict = {True: "met", False: "NOT met; this is the best found", None: "not judged"}[report.satisfied]
@@ -90,7 +96,7 @@ def tables(report: Report, max_layers: int | None) -> list[Table]:
     if report.warnings:
         found.append(_listing("Warnings", "warning", report.warnings))
     if report.trials:
-        found.append(_trials(report))
+        found += [_trials(report)] if max_layers is None else _short_trials(report)
     found.append(_layers(report, max_layers))
     for title, values in (("Summary", report.summary), ("Environment", report.environment)):
         if values:
@@ -159,6 +165,43 @@ def _trials(report: Report) -> Table:
     header = ("", "trial", "size", "share", "latency", report.metric or "metric", "status", "reason")
     note = "* chosen, + on the front"
     return Table("Tried", header, tuple(map(_trial_row, report.trials)), frozenset({2, 3, 4, 5}), note)
+
+
+def _short_trials(report: Report) -> list[Table]:
+    """Return those that came to something, and one line for all that failed for one reason."""
+    full = _trials(report)
+    kept = [i for i, trial in enumerate(report.trials) if trial.status == "ok"]
+    dropped = {full.header.index("status")}
+    note = full.note
+    if all(report.trials[i].latency_ms is None for i in kept):
+        dropped.add(full.header.index("latency"))
+        note += "; latency not measured"
+    columns = [i for i in range(len(full.header)) if i not in dropped]
+    rows = tuple(tuple(full.rows[k][i] for i in columns) for k in kept)
+    right = frozenset(new for new, old in enumerate(columns) if old in full.right)
+    tried = Table(full.title, tuple(full.header[i] for i in columns), rows, right, note)
+    groups: dict[tuple[str, str], list[TrialReport]] = {}
+    for trial in report.trials:
+        if trial.status != "ok":
+            groups.setdefault((trial.status, _without_options(trial.reason)), []).append(trial)
+    if not groups:
+        return [tried]
+    lines = tuple((status, _family(trials), reason) for (status, reason), trials in groups.items())
+    count = len(report.trials) - len(kept)
+    note = f"{count} trial{'s' if count != 1 else ''}; each of them is in the JSON and HTML forms"
+    return [tried, Table("Tried in vain", ("status", "trial", "reason"), lines, note=note)]
+
+
+def _family(trials: Sequence[TrialReport]) -> str:
+    if len(trials) == 1:
+        return trials[0].label
+    names = {_without_options(trial.label) for trial in trials}
+    return f"{names.pop() if len(names) == 1 else 'several'} ({len(trials)})"
+
+
+def _without_options(text: str) -> str:
+    """Return a text without what stands in parentheses: ``"Cast(dtype=float16) fails"`` -> ``"Cast fails"``."""
+    return re.sub(r"\([^()]*\)", "", text)
 
 
 def _trial_row(trial: TrialReport) -> tuple[str, ...]:
