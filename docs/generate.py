@@ -15,6 +15,7 @@ from typing import Any
 
 from quernel._catalogue import list_methods
 from quernel._claims import Claim, read_claims
+from quernel._registry import catalogue
 from quernel.report._curves import chart
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,16 @@ def fronts(model: str) -> str:
     return head + _table(["methods (bold: on the front)", "share of the bytes", found["metric"], "change", "ms"], rows)
 
 
+def mixer_names() -> str:
+    """Every token mixer by the two names that ``make_mixer`` takes."""
+    rows = [
+        [f"[{e.slug}](methods/{e.slug}.md)", f"`{e.name}`", _one_line(e.summary)]
+        for e in catalogue()
+        if e.contract == "mixer"
+    ]
+    return _table(["system", "class", "what it does"], rows)
+
+
 def mixers() -> str:
     """Time and memory of every token mixer against the number of tokens: two pictures and a table."""
     file = ROOT / "benchmarks" / "mixers.json"
@@ -127,6 +138,7 @@ SECTIONS: dict[str, Callable[..., str]] = {
     "benchmarks": benchmarks,
     "all-benchmarks": all_benchmarks,
     "fronts": fronts,
+    "mixer-names": mixer_names,
     "mixers": mixers,
 }
 

@@ -129,6 +129,12 @@ def test_masked_tokens_hold_anything() -> None:
         (lambda m: Mean(0), "dim"),
         (lambda m: SoftmaxAttention(8, 3), "num_heads must divide dim=8"),
         (lambda m: make_mixer("attention", 8), "name must be one of .*softmax-attention"),
+        (
+            lambda m: make_mixer("hyperzzw", 8),
+            "^size must be given for mixer 'hyperzzw', which takes size, mode='matmul'",
+        ),
+        (lambda m: make_mixer("HyperZZWLocal", 8, layers=1), "^kernel_size must be given for mixer 'HyperZZWLocal'"),
+        (lambda m: make_mixer("lsnet", 8, heads=2), "mixer 'lsnet' has no option 'heads'; it takes "),
         (lambda m: MetaBlock(nn.Linear(8, 8)), "mixer"),
         (lambda m: MetaBlock(m, "resnet"), "style"),
         (lambda m: DropPath(1.0), "p must be"),
@@ -155,6 +161,19 @@ def test_make_mixer_knows_systems_and_classes() -> None:
     assert "softmax-attention" in mixer_names()
     for name in ("softmax-attention", "SoftmaxAttention"):
         assert isinstance(make_mixer(name, 8, num_heads=2), SoftmaxAttention)
+
+
+@pytest.mark.parametrize("name", mixer_names())
+def test_make_mixer_leaves_every_system_buildable(name: str) -> None:
+    needed: dict[str, dict[str, Any]] = {
+        "hyperzzw": {"size": 4},
+        "nalaformer": {"heads": 2},
+        "neighborhood-attention": {"num_heads": 2, "kernel_size": 3},
+        "soft-attention": {"num_heads": 2},
+        "softmax-attention": {"num_heads": 2},
+    }
+    made = make_mixer(name, 16, **needed.get(name, {}))
+    assert isinstance(made, Mixer) and made.dim == 16
 
 
 def test_replaced_modules_stay_shared_and_are_not_entered() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from quernel._errors import QuernelError
@@ -30,7 +32,7 @@ def make_mixer(name: str, dim: int, **options: Any) -> Mixer:
     Raises
     ------
     QuernelError
-        If no mixer has this name.
+        If no mixer has this name, or its class needs an option that is not given, or has none of that name.
 
     Examples
     --------
@@ -42,6 +44,19 @@ def make_mixer(name: str, dim: int, **options: Any) -> Mixer:
     # Of a system's mixers the headline comes first.
     for entry in entries:
         if name in (entry.slug, entry.name):
-            mixer: Mixer = entry.resolve()(dim, **options)
+            cls = entry.resolve()
+            _check_options(name, cls, options)
+            mixer: Mixer = cls(dim, **options)
             return mixer
     raise QuernelError(f"name must be one of {', '.join(mixer_names())}, or the name of a mixer's class; got {name!r}")
+
+
+def _check_options(name: str, cls: type, options: Mapping[str, Any]) -> None:
+    own = list(inspect.signature(cls).parameters.values())[1:]  # after dim
+    takes = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in own) or "no options"
+    missing = [p.name for p in own if p.default is p.empty and p.name not in options]
+    if missing:
+        raise QuernelError(f"{' and '.join(missing)} must be given for mixer {name!r}, which takes {takes}")
+    unknown = [option for option in options if option not in {p.name for p in own}]
+    if unknown:
+        raise QuernelError(f"mixer {name!r} has no option {', '.join(map(repr, unknown))}; it takes {takes}")
