@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -87,7 +87,8 @@ def all_finite(tensor: Any) -> bool:
 
 def _finite(value: Any) -> bool:
     try:
-        return math.isfinite(value)
+        # Not math.isfinite, which graphs of dynamic shapes cannot hold.
+        return bool(abs(float(value)) <= sys.float_info.max)
     except OverflowError:  # an integer beyond the largest float
         return False
 

@@ -18,10 +18,10 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
-from numpy.polynomial import chebyshev
 
 from quernel._intrinsics import F32, I16, I32, I64, LANES, Emitter, keyed
 from quernel.nn._addresses import pointer
+from quernel.nn._polynomials import coefficients_of
 
 f32 = np.float32
 # Smallest norm that a query is divided by.
@@ -36,17 +36,9 @@ _ROUNDER = 1.5 * 2.0**23
 _ROUNDER_BITS = int(np.float32(_ROUNDER).view(np.int32))
 
 
-def _polynomial(function: Callable[..., Any], low: float, high: float, degree: int) -> list[float]:
-    """Return coefficients, lowest first, of the interpolation at Chebyshev points, near the best in the maximum."""
-    middle, half = (low + high) / 2, (high - low) / 2
-    series = chebyshev.cheb2poly(chebyshev.chebinterpolate(lambda t: function(middle + half * t), degree))
-    power = np.polynomial.Polynomial(series)(np.polynomial.Polynomial([-middle / half, 1 / half]))
-    return [float(c) for c in power.coef]
-
-
 # Relative errors of 3e-8 and 1e-8, below that of float32.
-_LOG = _polynomial(lambda t: np.log1p(t) / t / math.log(2), math.sqrt(0.5) - 1, math.sqrt(2) - 1, 9)
-_EXP = _polynomial(np.exp2, -0.5, 0.5, 6)
+_LOG = coefficients_of(lambda t: np.log1p(t) / t / math.log(2), math.sqrt(0.5) - 1, math.sqrt(2) - 1, 9)
+_EXP = coefficients_of(np.exp2, -0.5, 0.5, 6)
 
 
 class _Powers:

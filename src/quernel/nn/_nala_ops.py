@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quernel._errors import QuernelError
 from quernel._threads import num_threads, parallel_ranges, workspace
 from quernel.nn._nala_kernels import write_features, write_gradients
 
@@ -65,7 +66,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None if rates is None else slopes.sum((0, 2)), None
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise QuernelError(
+        "nala_feature_map has no second derivative in float32 on a CPU; give float64, or take it on another device"
+    )
+
+
 power_features.register_autograd(_backward, setup_context=_keep)
+power_features_backward.register_autograd(_no_second_derivative)
 
 
 @torch.library.custom_op("quernel::nala_attention", mutates_args=(), device_types="cpu")

@@ -18,10 +18,10 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
-from numpy.polynomial import chebyshev
 
 from quernel._intrinsics import BIT, F32, I16, I32, I64, LANES, Emitter, keyed
 from quernel.nn._addresses import pointer
+from quernel.nn._polynomials import coefficients_of
 
 f32 = np.float32
 ROW, WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
@@ -37,16 +37,8 @@ _ROUNDER = 1.5 * 2.0**23
 _LEAST = -126.0
 
 
-def _polynomial(function: Callable[..., Any], low: float, high: float, degree: int) -> list[float]:
-    """Return coefficients, lowest first, of the interpolation at Chebyshev points, near the best in the maximum."""
-    middle, half = (low + high) / 2, (high - low) / 2
-    series = chebyshev.cheb2poly(chebyshev.chebinterpolate(lambda t: function(middle + half * t), degree))
-    power = np.polynomial.Polynomial(series)(np.polynomial.Polynomial([-middle / half, 1 / half]))
-    return [float(c) for c in power.coef]
-
-
 # Relative error 1e-8 of 2^x.
-_EXP2 = _polynomial(np.exp2, -0.5, 0.5, 6)
+_EXP2 = coefficients_of(np.exp2, -0.5, 0.5, 6)
 
 
 def scratch_size(width: int, halo: int) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quernel._errors import QuernelError
 from quernel._threads import parallel_ranges, workspace
 from quernel.nn import _neighborhood_tiled as tiled
 from quernel.nn._neighborhood_kernels import BLOCK, LOG2E, PIECE, attend, key_gradient, query_gradient, scratch_size
@@ -77,7 +78,7 @@ def _backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, q, k, v = grad.detach(), q.detach(), k.detach(), v.detach()
+    grad, q, k, v, lse, delta = (t.detach() for t in (grad, q, k, v, lse, delta))
     if 0 in (*q.shape, *v.shape):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     kernels = triton_kernels(backend, grad, q, k, v)
@@ -187,7 +188,12 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise QuernelError('neighborhood attention has no second derivative; take backend="dense" where one is needed')
+
+
 torch.library.register_autograd("quernel::neighborhood_attention", _grad, setup_context=_setup, lib=_library)
+torch.library.register_autograd("quernel::neighborhood_attention_backward", _no_second_derivative, lib=_library)
 
 
 def _warmup() -> None:

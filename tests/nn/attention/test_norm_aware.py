@@ -218,6 +218,7 @@ def test_flops_count_what_grows() -> None:
             ),
             "only with causal=True",
         ),
+        (lambda: made(8, 2, causal=True).step(draw(1, 8), (draw(1),) * 3), "state must be NormAwareState; got tuple"),
         (
             lambda: made(8, 2, causal=True)(draw(3, 2, 8), state=made(8, 2, causal=True).init_state(1)),
             "state must hold tensors of shapes",

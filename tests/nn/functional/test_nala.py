@@ -280,6 +280,44 @@ def test_attention_in_pieces_is_that_of_whole_features(
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("variant", ["split", "cosine"])
+def test_keys_that_do_not_count_may_hold_anything(causal: bool, dtype: torch.dtype, variant: Any) -> None:
+    q, k, v = drawn(dtype=dtype)
+    mask = torch.arange(7).expand(2, -1) < 5
+    held = [torch.where(mask[:, None, :, None], t, bad) for t, bad in ((k, torch.nan), (v, torch.inf))]
+    options: dict[str, Any] = {"causal": causal, "variant": variant}
+    wanted = nala_attention(q[:, :, :5], k[:, :, :5], v[:, :, :5], **options)
+    given = [t.clone().requires_grad_() for t in (q, *held)]
+    with torch.no_grad():
+        torch.testing.assert_close(nala_attention(q, *held, mask=mask, **options)[:, :, :5], wanted)
+    got = nala_attention(*given, mask=mask, **options)[:, :, :5]
+    torch.testing.assert_close(got, wanted)
+    got.sum().backward()
+    assert all(t.grad.isfinite().all() for t in given)
+
+
+def test_second_derivatives_are_refused_where_kernels_are_compiled() -> None:
+    q, k, _ = (t.requires_grad_() for t in drawn(dtype=torch.float32))
+    phi_q, phi_k = nala_feature_map(q, k)
+    (g,) = torch.autograd.grad(phi_q.square().sum() + phi_k.sum(), q, create_graph=True)
+    with pytest.raises(QuernelError, match="no second derivative"):
+        g.sum().backward()
+
+
+@pytest.mark.slow
+def test_it_compiles_with_sizes_that_change() -> None:
+    def attend(x: Tensor) -> Any:
+        return nala_attention(x, x, x, causal=True, chunk=4) + nala_attention(x, x, x)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (9, 14):
+        x = torch.randn(2, 2, tokens, 4)
+        torch.testing.assert_close(compiled(x), attend(x), rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("going_on", [False, True])
 def test_long_causal_sequences_are_taken_piece_by_piece(going_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quernel.nn.functional.feature_attention.SEGMENT", 8)
@@ -315,6 +353,9 @@ def test_results_do_not_depend_on_threads() -> None:
         (lambda q: nala_feature_map(q, q[:, :1]), "alike in batch, heads and head size"),
         (lambda q: nala_feature_map(q, q[..., :2]), "alike in batch, heads and head size"),
         (lambda q: nala_feature_map(q[0], q[0]), "must have shapes"),
+        (lambda q: nala_feature_map([0.0], q), "q must be Tensor; got list"),
+        (lambda q: nala_feature_map(q, q.int()), r"k must be floating; got torch.int32. Convert it by k.float\(\)"),
+        (lambda q: nala_attention(q, q, q.long()), "v must be floating; got torch.int64"),
         (lambda q: nala_feature_map(q, q, power=1.5), "power"),
         (lambda q: nala_feature_map(q, q, norm_scale=0.0), "norm_scale"),
         (lambda q: nala_feature_map(q, q, norm_scale=torch.ones(3)), r"norm_scale must have shape \(2,\)"),

@@ -200,6 +200,19 @@ def test_rounding_of_large_sums_makes_no_weight_above_one() -> None:
         assert float(v.grad.abs().max()) <= 8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_second_derivatives_are_refused(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype).requires_grad_() for x in operands((8,), 1, 2, 2))
+    (g,) = torch.autograd.grad(na1d(q, k, v, 3, backend="tiled").square().sum(), q, create_graph=True)  # type: ignore[union-attr]
+    with pytest.raises(QuernelError, match='no second derivative; take backend="dense"'):
+        g.sum().backward()
+    (g,) = torch.autograd.grad(
+        na1d(q, k, v, 3, backend="dense", return_lse=True)[0].square().sum(), q, create_graph=True
+    )
+    g.sum().backward()
+    assert v.grad is not None and v.grad.isfinite().all()
+
+
 X = torch.ones(1, 6, 5, 2, 4)
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from quernel._errors import QuernelError
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int
+from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.nn._mixer import Mixer
 from quernel.nn.functional.feature_attention import LinearAttentionState
 from quernel.nn.functional.nala import LEAST_POWER, VARIANTS, Variant, nala_attention
@@ -261,6 +261,7 @@ class NormAwareLinearAttention(GatedAttention):
 
     def _continue(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         self._check_recurrent()
+        check_type("state", state, NormAwareState)
         q, k, v, gate = self._projected(x)
         rope = self._turns(x.shape[1:2], x, state.position)
         y, sums = nala_attention(*(self._split(t) for t in (q, k, v)), rope=rope, state=state.sums, **self._told(v))

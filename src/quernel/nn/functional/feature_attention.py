@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
-from quernel._validate import check_float, check_int
+from quernel._validate import check_float, check_int, check_type
 from quernel.nn.functional.rope import check_rope, rotate
 
 # Chunks whose decayed sums are added by one triangular product; more are taken in groups.
@@ -101,7 +101,7 @@ def linear_attention(
     decay : Tensor, shape (H,), optional
         Factors in (0, 1] a token, causal only.
     mask : Tensor, shape (B, M), optional
-        True where a key counts.
+        True where a key counts; the features and values of others may be anything.
     state : LinearAttentionState, optional
         What came before the first token, causal only.
     eps : float, default=1e-6
@@ -134,7 +134,9 @@ def linear_attention(
     given, dtype = v.dtype, torch.promote_types(torch.promote_types(phi_q.dtype, phi_k.dtype), torch.float32)
     phi_q, phi_k, v = phi_q.to(dtype), phi_k.to(dtype), v.to(dtype)
     if mask is not None:
-        phi_k = phi_k * mask[:, None, :, None]
+        # Filled, not multiplied: what does not count may be NaN.
+        gone = ~mask[:, None, :, None]
+        phi_k, v = phi_k.masked_fill(gone, 0.0), v.masked_fill(gone, 0.0)
     turned_q, turned_k = (phi_q, phi_k) if rope is None else (rotate(phi_q, rope), rotate(phi_k, rope))
     operands = _Operands(phi_q, phi_k, turned_q, turned_k, v)
     if not causal:
@@ -322,6 +324,13 @@ def _decayed_sums(x: Tensor, factor: Tensor) -> Tensor:
     return sums.flatten(2, 3)[:, :, :length]
 
 
+def check_floating(**tensors: Tensor) -> None:
+    """Raise unless these are tensors of floating numbers."""
+    for name, x in tensors.items():
+        if not check_type(name, x, Tensor).is_floating_point():
+            raise QuernelError(f"{name} must be floating; got {x.dtype}. Convert it by {name}.float()")
+
+
 def check_operands(
     phi_q: Tensor,
     phi_k: Tensor,
@@ -333,6 +342,7 @@ def check_operands(
     state: LinearAttentionState | None,
 ) -> None:
     """Raise unless features (or what they are made of), values and options fit together."""
+    check_floating(phi_q=phi_q, phi_k=phi_k, v=v)
     if phi_q.ndim != 4 or phi_k.ndim != 4 or v.ndim != 4:
         raise QuernelError(
             "phi_q, phi_k and v must have shapes (B, H, N, F), (B, H, M, F) and (B, H, M, D); got "

@@ -24,6 +24,7 @@ from quernel.nn._nala_kernels import EPS
 from quernel.nn._nala_ops import nala_attention_op, power_features
 from quernel.nn.functional.feature_attention import (
     LinearAttentionState,
+    check_floating,
     check_operands,
     in_segments,
     linear_attention,
@@ -129,6 +130,10 @@ def nala_attention(
     check_operands(q, k, v, causal, rope, decay, mask, None if causal else state)
     check_float("eps", eps, low=0.0)
     check_int("chunk", chunk, low=1)
+    if mask is not None:
+        # The features of zeros are zeros; what does not count may be NaN.
+        gone = ~mask[:, None, :, None]
+        k, v = k.masked_fill(gone, 0.0), v.masked_fill(gone, 0.0)
     graded = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, rates))
     wide = [_widened(t) for t in (q, k, v)]
     if not causal and not graded and variant == "split" and all(_compiled(t) for t in wide):
@@ -180,6 +185,7 @@ def _checked(q: Tensor, k: Tensor, power: float, norm_scale: float | Tensor, var
     """Raise unless the operands fit; return 1 / norm_scale, (H,)."""
     check_choice("variant", variant, VARIANTS)
     check_float("power", power, low=LEAST_POWER)
+    check_floating(q=q, k=k)
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise QuernelError(
             "q and k must have shapes (B, H, N, D) and (B, H, M, D), alike in batch, heads and head size; got "
