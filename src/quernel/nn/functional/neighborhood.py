@@ -115,9 +115,9 @@ def na2d(
 
     Notes
     -----
-    Half precision is added up in float32.  Only the dense backend has second derivatives.  The same input gives the same bits, gradients included, for any number of
-    threads.  Differs from the authors' package: windows of one token and E != D are taken, there is a CPU backend, and
-    a causal window may exceed its axis.
+    Half precision is added up in float32.  The same input gives the same bits, gradients included, for any number of
+    threads.  Only the dense backend has second derivatives.  Differs from the authors' package: windows of one token
+    and E != D are taken, there is a CPU backend, and a causal window may exceed its axis.
 
     References
     ----------
