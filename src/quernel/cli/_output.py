@@ -21,7 +21,7 @@ from rich.text import Text
 # Blanks between columns, and the narrowest last column whose text is still read with ease.
 GAP, LEAST_TEXT = 2, 32
 # Headings with their rules, examples, and displayed formulas keep their lines.
-VERBATIM = re.compile(r"\s*(>>>|\.\.\. |-+$|=+$|[A-Z]\w+$)")
+VERBATIM = re.compile(r"\s*(>{3}|\.\.\. |-+$|=+$|[A-Z]\w+$)")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 
