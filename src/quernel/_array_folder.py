@@ -41,8 +41,6 @@ class ArrayFolder(ABC):
 
     def _write(self, path: str | os.PathLike[str], more: Mapping[str, Any]) -> Path:
         """Save, with ``more`` beside what every folder says."""
-        import torch
-
         content = {
             "kind": self.kind,
             "class": type(self).__name__,
@@ -50,7 +48,7 @@ class ArrayFolder(ABC):
             "config": self.config(),
             **more,
         }
-        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in self._all_arrays().items()}
+        tensors = {k: readable(np.ascontiguousarray(v)) for k, v in self._all_arrays().items()}
         return write_folder(path, content, tensors)
 
     @classmethod
@@ -131,6 +129,21 @@ class ArrayFolder(ABC):
     def _restore_all(self, arrays: Arrays) -> None:
         """Take the arrays of ``_all_arrays``."""
         self._restore(arrays)
+
+
+class _Writable:
+    """An array that says it may be written, whatever it is; holds it alive."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.held = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+
+
+def readable(array: np.ndarray) -> Tensor:
+    """Return a tensor over an array that is only read; torch would warn of one that may not be written."""
+    import torch
+
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
 
 
 def take(arrays: Arrays, name: str, dtype: Any, shape: tuple[int | None, ...]) -> np.ndarray:

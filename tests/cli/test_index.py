@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quernel._load import save_model
 from quernel.cli import _index, main
 from quernel.search import FlatIndex, FlinngIndex, Index
 
@@ -131,11 +132,14 @@ def test_a_report_says_how_its_queries_were_made(
     [
         (["build", "x.npy", "--out", "ix", "--kind", "flat", "--bits", "8"], "leave the others out"),
         (["build", "x.npy", "--out", "ix", "--kind", "tree"], "--kind must be one of"),
-        (["build", "x.npy", "--out", "ix", "--metric", "l3"], "--metric must be one of"),
+        (
+            ["build", "x.npy", "--out", "ix", "--metric", "dot"],
+            "--metric must be one of 'cosine', 'l2', 'ip', 'jaccard'; got",
+        ),
         (["build", "x.npy", "--out", "ix", "--metric", "ip"], "--kind flat"),
         (["build", "x.npy", "--out", "ix", "--metric", "jaccard"], "does not fit a file of vectors"),
         (["build", "sets.txt", "--out", "ix", "--metric", "l2"], "does not fit a file of sets"),
-        (["build", "x.npy", "--out", "ix", "--metric", "l2"], "width must be given"),
+        (["build", "x.npy", "--out", "ix", "--metric", "l2"], "--suggest --near D chooses it"),
         (["build", "x.npy", "--out", "ix", "--report", "r.pdf"], "FILE.html"),
         (["build", "none.npy", "--out", "ix"], "no such file"),
         (["build", "x.xyz", "--out", "ix"], "must end in"),
@@ -160,6 +164,37 @@ def test_bad_input_is_one_line(work: Path, capsys: pytest.CaptureFixture[str], w
     assert main(["index", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_an_index_is_replaced_only_on_demand(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _json(capsys, "build", "x.npy", "--out", "ix", "--kind", "flat")
+    _json(capsys, "add", "ix", "x.csv")
+    assert main(["index", "build", "x.npy", "--out", "ix"]) == 2
+    error = capsys.readouterr().err
+    assert "holds an index already" in error and "--overwrite" in error and error.count("\n") == 1
+    assert len(Index.load("ix")) == 2 * N
+    assert _json(capsys, "build", "x.npy", "--out", "ix", "--overwrite")["items"] == N
+    save_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), "net")
+    for words in ([], ["--overwrite"]):
+        assert main(["index", "build", "x.npy", "--out", "net", *words]) == 2
+        assert "holds a saved model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("build", "search", "meaning"),
+    [
+        (["--kind", "flat", "--metric", "l2"], [], "score: minus the Euclidean distance"),
+        (["--kind", "flat", "--metric", "ip"], [], "score: the inner product"),
+        (["--keep-vectors"], ["--rerank", "20"], "score: the cosine similarity"),
+        (["--tables", "16"], [], "score: the share of the 16 hash tables"),
+    ],
+)
+def test_a_search_says_what_its_scores_are(
+    work: Path, capsys: pytest.CaptureFixture[str], build: list[str], search: list[str], meaning: str
+) -> None:
+    _json(capsys, "build", "x.npy", "--out", "ix", *build)
+    assert main(["index", "search", "ix", "q.npy", "-k", "2", *search]) == 0
+    assert capsys.readouterr().out.startswith(meaning)
 
 
 def test_rerank_needs_flinng_and_kept_vectors(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

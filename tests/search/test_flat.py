@@ -1,12 +1,15 @@
 """FlatIndex against plain loops, in every metric."""
 
+import warnings
+
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from quernel._errors import FormatError, MissingExtraError, QuernelError
 from quernel.hashing import Sets, jaccard_similarity
-from quernel.search import FlatIndex, Index, flat
+from quernel.search import FlatIndex, FlinngIndex, Index, MaxIPIndex, flat
 
 # Sums of a few float32 products in another order.
 SAME = 1e-5
@@ -123,3 +126,69 @@ def test_an_index_is_not_saved_over_a_model(tmp_path):
     save_model(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     with pytest.raises(QuernelError, match="holds a saved model; choose another folder for the index"):
         FlatIndex(4).add(np.eye(4)).save(tmp_path)
+
+
+@pytest.fixture
+def always_warning():
+    """Torch warns once a process otherwise, and perhaps did so before this test."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
+def test_arrays_that_may_not_be_written_are_no_reason_to_warn(metric, tmp_path, always_warning):
+    items, queries = vectors(40, 0).astype(np.float32), vectors(9, 1).astype(np.float32)
+    index = FlatIndex(5, metric).add(items)
+    wanted = index.search(queries, 4)
+    np.save(tmp_path / "q.npy", queries)
+    mapped = np.load(tmp_path / "q.npy", mmap_mode="r")
+    items.flags.writeable = False
+    for made in (FlatIndex(5, metric).add(items), Index.load(index.save(tmp_path / "ix"), mmap=True)):
+        for got, right in zip(made.search(mapped, 4), wanted, strict=True):
+            np.testing.assert_array_equal(got, right)
+        again = Index.load(made.save(tmp_path / "again"))
+        np.testing.assert_array_equal(again.search(mapped, 4)[1], wanted[1])
+
+
+@pytest.mark.parametrize("make", [lambda: FlatIndex(5), lambda: FlinngIndex(5, bits=4), lambda: MaxIPIndex(5)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x.clone().requires_grad_(),
+        lambda x: x.bfloat16(),
+        lambda x: x.half(),
+        lambda x: x.double().requires_grad_(),
+        lambda x: x.bfloat16().requires_grad_() * 1,
+    ],
+)
+def test_tensors_of_every_float_with_and_without_gradients_are_vectors(make, form):
+    # Halves in float32, so that each form holds the same numbers.
+    x = torch.from_numpy(np.random.default_rng(2).integers(-8, 9, (60, 5)) / 2 + 0.25).float()
+    wanted = make().add(x.numpy()).search(x[:7].numpy(), 3)
+    for got, right in zip(make().add(form(x)).search(form(x)[:7], 3), wanted, strict=True):
+        np.testing.assert_array_equal(got, right)
+
+
+def test_one_query_of_a_loop_may_be_a_tensor_that_wants_a_gradient():
+    index = MaxIPIndex(5).add(vectors(30, 0))
+    q = torch.ones(5)
+    assert index.best(q.clone().requires_grad_()) == index.best(q.bfloat16()) == index.best(q.numpy())
+
+
+@pytest.mark.parametrize("make", [lambda: FlatIndex(metric="jaccard"), lambda: FlinngIndex(metric="jaccard", bits=6)])
+def test_python_sets_are_sets(make):
+    held = [{3, 1, 7}, frozenset({2, 9}), {1, 3, 8}]
+    wanted = make().add([[1, 3, 7], [2, 9], [1, 3, 8]]).search([[1, 3, 7]], 2)
+    for got, right in zip(make().add(held).search([{7, 3, 1}], 2), wanted, strict=True):
+        np.testing.assert_array_equal(got, right)
+    for wrong, message in (
+        ([{1}, set()], r"X\[1\] is empty"),
+        ([{"a"}], "integer item ids"),
+        ({1, 2}, "a list of sets"),
+    ):
+        with pytest.raises(QuernelError, match=message):
+            make().add(wrong)

@@ -229,6 +229,26 @@ def test_items_are_added_while_others_search(index):
     same(sharded.search(Q, 5), wanted.search(Q, 5))
 
 
+def test_after_close_whatever_is_asked_is_an_error_with_its_reason(tmp_path):
+    index = threads(FlatIndex(8)).add(X[:20])
+    index.save(tmp_path)
+    index.close()
+    index.close()
+    for ask in (
+        lambda: index.search(Q, 3),
+        lambda: index.search(Q, 3, partial=True),
+        lambda: index.add(X[:1]),
+        lambda: index.remove([0]),
+        lambda: index.save(tmp_path),
+        lambda: index.nbytes,
+        index.restore,
+    ):
+        with pytest.raises(QuernelError, match="this sharded index was closed"):
+            ask()
+    assert len(index) == 20
+    assert len(Index.load(tmp_path)) == 20
+
+
 def test_two_that_add_at_once_do_not_share_a_slot():
     index = threads(FlatIndex(8))
     adding = [threading.Thread(target=lambda i=i: [index.add(X[[j]], [j]) for j in range(i, 400, 4)]) for i in range(4)]

@@ -49,6 +49,7 @@ def build(
     width: Annotated[float | None, typer.Option(help="Width of a hash cell, for l2.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of hashes and groups.")] = 0,
     keep_vectors: Annotated[bool, typer.Option("--keep-vectors", help="Keep the items, for --rerank.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that --out holds.")] = False,
     suggest: Annotated[bool, typer.Option("--suggest", help="Choose tables, bits and rows from a sample.")] = False,
     near: Annotated[float, typer.Option(help="Similarity (l2: distance, ip: cosine) of the pairs to find.")] = 0.95,
     report: Annotated[Path | None, typer.Option(help="FILE.html: recall and speed, measured.")] = None,
@@ -60,6 +61,8 @@ def build(
 
     check_choice("--kind", kind, KINDS)
     check_page_name(report)
+    if not overwrite:
+        _check_free(out)
     items = read_items(path)
     chosen = {"n_tables": tables, "bits": bits, "n_rows": rows, "n_groups": groups, "width": width}
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -108,6 +111,7 @@ def search(
         emit({"k": k, "ids": ids.tolist(), "scores": rounded})
         return
     rows = [(i, "  ".join(_answers(s, d)) or "nothing found") for i, (s, d) in enumerate(zip(scores, ids, strict=True))]
+    console().print(f"score: {_score_of(index, rerank)}", markup=False)
     table(("query", "id (score), closest first"), rows)
 
 
@@ -123,13 +127,40 @@ def _answers(scores: Any, ids: Any) -> list[str]:
     return [f"{i} ({s:.3f})" for s, i in zip(scores, ids, strict=True) if i >= 0]
 
 
+def _score_of(index: Index, rerank: int) -> str:
+    """Say what the numbers beside the ids are."""
+    from quernel.search import FlinngIndex
+
+    if isinstance(index, FlinngIndex) and not rerank:
+        return (
+            f"the share of the {index.n_tables} hash tables that have the query's code in the item's group, of its "
+            "groups the smallest. It ranks and is no similarity; --rerank gives that (--keep-vectors)"
+        )
+    names = {"l2": "minus the Euclidean distance", "ip": "the inner product", "jaccard": "the Jaccard similarity"}
+    return names.get(index.metric, f"the {index.metric} similarity")
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a folder that holds something of ours, before any work: what was added to it would be gone."""
+    from quernel._io import is_quernel_folder, read_folder
+
+    if is_quernel_folder(out):
+        kind = read_folder(out, check_tensors=False).content.get("kind")
+        if kind == "index":
+            raise QuernelError(
+                f"--out {out} holds an index already; `quernel index add {out} FILE` adds to it, --overwrite replaces "
+                "it and all that was added to it"
+            )
+        raise QuernelError(f"--out {out} holds a saved {kind}; choose another folder")
+
+
 def _metric(items: Any, metric: str | None) -> str:
     from quernel.hashing import Sets
 
-    check_choice("--metric", metric, (None, "cosine", "l2", "ip", "jaccard"))
     sets = isinstance(items, Sets)
     if metric is None:
         return "jaccard" if sets else "cosine"
+    check_choice("--metric", metric, ("cosine", "l2", "ip", "jaccard"))
     if sets != (metric == "jaccard"):
         raise QuernelError(f"--metric {metric} does not fit a file of {'sets' if sets else 'vectors'}")
     return metric
@@ -148,6 +179,11 @@ def _empty(
         return FlatIndex(dim, kind_of)
     if metric == "ip":
         raise QuernelError("--metric ip needs --kind flat; flinng knows cosine, l2 and jaccard")
+    if metric == "l2" and near is None and "width" not in given:
+        raise QuernelError(
+            "--metric l2 needs the width of a hash cell: --suggest --near D chooses it for pairs at distance D, or "
+            "give --width W, a few times that distance"
+        )
     if near is not None:
         chosen = FlinngIndex.suggest(sample_of(items, SAMPLE, seed), near, len(items), metric=kind_of, seed=seed)
         note(f"suggested: {', '.join(f'{k}={v}' for k, v in chosen.arguments.items())}")

@@ -180,9 +180,18 @@ def debias(sums: Any, total: Any, n_cells: int) -> Any:
     return (n_cells * np.asarray(sums) - total) / (n_cells - 1)
 
 
+def as_array(X: Any) -> NDArray[Any]:
+    """Return an array of whatever holds numbers; a tensor of any device or dtype, with or without a gradient, too."""
+    if hasattr(X, "detach"):
+        X = X.detach().cpu()
+        # NumPy has no bfloat16.
+        X = X.float() if X.is_floating_point() else X
+    return np.asarray(X)
+
+
 def check_rows(name: str, X: Any, dim: int) -> NDArray[np.float32]:
     """Return rows as contiguous float32, shape (n, dim); one row alone is taken as (1, dim)."""
-    rows = np.asarray(X)
+    rows = as_array(X)
     if rows.dtype.kind not in "fiu":
         raise QuernelError(f"{name} must hold real numbers; got {rows.dtype}")
     rows = np.ascontiguousarray(rows[None] if rows.ndim == 1 else rows, dtype=np.float32)

@@ -74,7 +74,7 @@ class Sets:
 
     @classmethod
     def of(cls, X: Any) -> Sets:
-        """Take a list of integer arrays, a scipy sparse matrix (its columns are the items), or ``Sets``.
+        """Take a list of integer arrays or Python sets, a scipy sparse matrix (its columns are the items), or ``Sets``.
 
         Raises
         ------
@@ -83,6 +83,8 @@ class Sets:
         """
         if isinstance(X, Sets):
             return X
+        if isinstance(X, set | frozenset):
+            raise QuernelError("X must be a list of sets; got one set. Put it in a list, [X]")
         if hasattr(X, "tocsr"):
             rows = X.tocsr()
             if (rows.data == 0).any():  # stored zeros: the item is not in the set
@@ -90,7 +92,7 @@ class Sets:
                 rows.eliminate_zeros()
             offsets, items = np.asarray(rows.indptr, np.int64), np.asarray(rows.indices, np.int64)
         else:
-            arrays = [np.asarray(one).reshape(-1) for one in X]
+            arrays = [np.asarray(list(one) if isinstance(one, set | frozenset) else one).reshape(-1) for one in X]
             wrong = next((i for i, a in enumerate(arrays) if a.size and a.dtype.kind not in "iu"), None)
             if wrong is not None:
                 raise QuernelError(f"X[{wrong}] must hold integer item ids; got {arrays[wrong].dtype}")

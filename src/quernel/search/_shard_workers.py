@@ -90,9 +90,11 @@ class Workers(ABC):
     def __init__(self, description: Mapping[str, Any], n: int) -> None:
         self.description = dict(description)
         self.n = n
+        self.closed = False
 
     def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Call a method on the shards that ``arguments`` names, all at once; return answers or exceptions."""
+        self.check_open()
         started = {shard: self._start(shard, method, values) for shard, values in arguments.items()}
         return {shard: self._finish(shard, work) for shard, work in started.items()}
 
@@ -100,13 +102,26 @@ class Workers(ABC):
         """Call a method on every shard with the same arguments."""
         return self.call(method, dict.fromkeys(range(self.n), arguments))
 
+    def check_open(self) -> None:
+        """Raise if the shards were let go."""
+        if self.closed:
+            raise QuernelError(
+                "this sharded index was closed: close() let its shards go. Load it from its last save, or build another"
+            )
+
+    def close(self) -> None:
+        """Let go of everything that runs; a second time there is nothing left to do."""
+        if not self.closed:
+            self.closed = True
+            self._let_go()
+
     @abstractmethod
     def restart(self, shard: int, folder: Path | None) -> None:
         """Put a fresh shard in the place of one, loaded from ``folder`` if there is one."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Let go of everything that runs."""
+    def _let_go(self) -> None:
+        """Stop what runs."""
 
     @abstractmethod
     def _start(self, shard: int, method: str, arguments: tuple[Any, ...]) -> Any:
@@ -132,8 +147,7 @@ class ThreadWorkers(Workers):
             fresh.load(str(folder))
         self._shards[shard] = fresh
 
-    def close(self) -> None:
-        """Stop the threads."""
+    def _let_go(self) -> None:
         for thread in self._threads:
             thread.shutdown()
 
@@ -206,7 +220,7 @@ class RayWorkers(Workers):
                 )
         told({shard: self._finish(shard, work) for shard, work in started.items()})
 
-    def close(self) -> None:
+    def _let_go(self) -> None:
         """Kill the actors, and stop a cluster that was started here."""
         for actor in self._actors:
             self._ray.kill(actor)

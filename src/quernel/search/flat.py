@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from quernel._array_folder import Arrays, take
+from quernel._array_folder import Arrays, readable, take
 from quernel._errors import QuernelError
 from quernel._growing import GrowingArray
 from quernel._registry import register
@@ -116,7 +116,7 @@ def normalized(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def exact_scores(queries: NDArray[np.float32], vectors: NDArray[np.float32], metric: str) -> Scores:
     """Return the scores of all pairs, float32 (n, N); cosine expects normalised rows."""
-    a, b = torch.from_numpy(queries), torch.from_numpy(vectors)
+    a, b = readable(queries), readable(vectors)
     if metric == "l2":
         return (-torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")).numpy()
     return (a @ b.T).numpy()

@@ -24,7 +24,7 @@ from quernel._registry import register
 from quernel._threads import parallel_ranges
 from quernel._validate import check_int, check_type
 from quernel.hashing import BucketTables, SignProjection, sphere_items
-from quernel.hashing._family import check_rows
+from quernel.hashing._family import as_array, check_rows
 from quernel.search._index import Index, Scores
 from quernel.search._max_ip_kernels import MAX_PROBES, probe_masks, search_rows
 
@@ -142,7 +142,7 @@ class MaxIPIndex(Index):
 
         The same as ``search`` with k=1, with fewer checks; for loops that ask one query at a time.
         """
-        query = np.ascontiguousarray(q, dtype=np.float32).reshape(1, -1)
+        query = np.ascontiguousarray(as_array(q), dtype=np.float32).reshape(1, -1)
         if query.shape[1] != self.dim or not len(self):
             query = check_rows("q", q, self.dim)
             return -1, float("nan")

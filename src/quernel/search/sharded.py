@@ -120,6 +120,7 @@ class ShardedIndex(Index):
 
     def remove(self, ids: Any) -> int:
         """Delete items by id and return how many, as ``Index.remove``."""
+        self._workers.check_open()
         with self._lock:
             return super().remove(ids)
 
@@ -196,7 +197,7 @@ class ShardedIndex(Index):
             return ids
 
     def close(self) -> None:
-        """Let the workers go; a cluster that was started here stops."""
+        """Let the workers go; a cluster that was started here stops. Whatever is asked afterwards is an error."""
         self._workers.close()
 
     @property
