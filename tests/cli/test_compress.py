@@ -75,6 +75,8 @@ def test_options_selection_and_dry_run(work: Path, capsys: pytest.CaptureFixture
     found = json.loads(capsys.readouterr().out)
     assert {layer["name"]: layer["action"] for layer in found["layers"]} == {"0": "float16", "2": "keep"}
     assert found["bytes_after"] == found["bytes_before"]
+    assert found["title"].endswith("(dry run)")
+    assert "the layers say what each would get" in found["warnings"][0]
 
 
 def test_weights_are_used(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

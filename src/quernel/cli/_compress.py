@@ -39,7 +39,7 @@ def compress(
     include: Annotated[Texts, typer.Option(help="Only these modules (globs).")] = None,
     exclude: Annotated[Texts, typer.Option(help="Not these modules (globs).")] = None,
     max_examples: Annotated[int | None, typer.Option(help="Judge on no more than this many examples.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: what each layer would get.")] = False,
     json: Json = False,
 ) -> int:
     """Compress a model and report what came of it."""
@@ -101,4 +101,7 @@ def _run(
     else:
         evaluate = None if task is None else task.judge
         result = compress.compress(model, evaluate=evaluate, dry_run=dry_run, **plan, **shared)
-    return replace(result, report=completed(result.report, task, source, model, result.model))
+    report = completed(result.report, task, source, model, result.model)
+    if dry_run:
+        report = replace(report, title=f"{report.title} (dry run)")
+    return replace(result, report=report)

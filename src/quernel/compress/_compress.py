@@ -34,6 +34,9 @@ from quernel.compress._method import NEEDS, STAGES, LayerPlan, Method, Plan
 from quernel.nn.weights import unique_bytes
 from quernel.report import LayerReport, Report
 
+DRY_RUN = (
+    "dry run: nothing was applied; the layers say what each would get, and all sizes are those of the model as it is"
+)
 Finetune = Callable[[nn.Module], Any]
 
 
@@ -174,7 +177,7 @@ def compress(
         else checked_metric(evaluate, work, f"the compressed model; {harm}"),
         layers=_layer_reports(model if reference is not None else work, work, made.layers, sizes, errors),
         warnings=(
-            *(("dry run: nothing was applied",) if dry_run else ()),
+            *((DRY_RUN,) if dry_run else ()),
             *made.warnings,
             *(() if times is None or times.valid else (f"latency{'' if shown else ' not measured'}: {times.void}",)),
         ),
