@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = attach(
         "WeightInt4": ".quant.weight_int4",
         "WeightInt8": ".quant.weight_int8",
         "compress": "._compress",
+        "convert": "._convert",
         "dgq_search": "quernel.nn.functional.dual_grained",
         "feature_complexity": ".prune._complexity",
         "graph": ".graph",

@@ -175,7 +175,7 @@ def compress(
         metric_after=None
         if evaluate is None or dry_run
         else checked_metric(evaluate, work, f"the compressed model; {harm}"),
-        layers=_layer_reports(model if reference is not None else work, work, made.layers, sizes, errors),
+        layers=layer_reports(model if reference is not None else work, work, made.layers, sizes, errors),
         warnings=(
             *((DRY_RUN,) if dry_run else ()),
             *made.warnings,
@@ -319,13 +319,14 @@ def _merged(before: LayerPlan | None, now: LayerPlan) -> LayerPlan:
     return replace(now, action=f"{before.action} + {now.action}", details=details)
 
 
-def _layer_reports(
+def layer_reports(
     before: nn.Module,
     after: nn.Module,
     plans: dict[str, LayerPlan],
     sizes: dict[str, int],
     errors: dict[str, float],
 ) -> tuple[LayerReport, ...]:
+    """Return a row for each layer that a plan names or that holds parameters of its own."""
     kinds = {name: type(m).__name__ for name, m in before.named_modules() if name}
     now = dict(after.named_modules())
     rows = []

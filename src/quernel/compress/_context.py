@@ -217,7 +217,7 @@ def observe_inputs(model: nn.Module, context: Context, observers: Mapping[str, O
             if x is None:
                 raise QuernelError(f"{name!r} is called without a tensor, so its input cannot be observed")
             try:
-                observer.update(x.detach(), _fitting(mask[0], x))
+                observer.update(x.detach(), fitting_mask(mask[0], x))
             except QuernelError as error:
                 raise QuernelError(f"the inputs of {name!r} cannot be observed: {error}") from error
 
@@ -237,7 +237,8 @@ def observe_inputs(model: nn.Module, context: Context, observers: Mapping[str, O
             handle.remove()
 
 
-def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
+def fitting_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return the mask of the batch in the shape of the rows of x, or None where these are other rows."""
     rows = tuple(x.shape[:-1])
     if mask is None or rows not in (tuple(mask.shape), (mask.numel(),)):
         return None

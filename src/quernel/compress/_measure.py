@@ -1,4 +1,4 @@
-"""What the report measures: metric, paired latency, relative output error of each layer, the machine."""
+"""What the report measures: metric, paired latency, operations, relative output error of each layer, the machine."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from quernel import __version__
 from quernel._errors import QuernelError
 from quernel._machine import processor_name
 from quernel._module_tree import is_registered
 from quernel._timing import LOAD_LIMIT, PairedRatio, paired_ratio
-from quernel.compress._context import Context, run_batch
+from quernel.compress._context import Context, fitting_mask, run_batch
+from quernel.nn import Mixer
 from quernel.nn._running import device_of, evaluating, to_device
 from quernel.nn.functional.activations import FUSIBLE
 
@@ -152,22 +156,27 @@ def _with_floats(batch: Any, dtype: torch.dtype) -> Any:
 def layer_errors(before: nn.Module, after: nn.Module, names: Sequence[str], context: Context) -> dict[str, float]:
     """Feed each layer's original input to both layers: ``||y - y'|| / ||y||`` on the first batch.
 
-    Runs inside one pass of the original model, so that only one layer's tensors live at a time.
+    Runs inside one pass of the original model, so that only one layer's tensors live at a time; padding is left out.
     """
     batch = timing_batch(context)
     errors: dict[str, float] = {}
     if batch is None or not names:
         return errors
+    mask = context.mask_of(batch)
     replaced = dict(after.named_modules())
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            output = _first(output)
             if isinstance(output, Tensor) and output.is_floating_point() and name not in errors:
                 keywords = dict(zip(kwargs, _in_own_dtype(replaced[name], tuple(kwargs.values())), strict=True))
-                new = replaced[name](*_in_own_dtype(replaced[name], args), **keywords)
+                new = _first(replaced[name](*_in_own_dtype(replaced[name], args), **keywords))
                 # A layer that took over the activation behind it is compared with both.
                 fused = getattr(replaced[name], "activation", None)
                 output = FUSIBLE[fused](output) if isinstance(fused, str) else output
+                kept = fitting_mask(mask, output)  # what stands at padding has no meaning
+                if kept is not None:
+                    new, output = new[kept], output[kept]
                 difference, norm = (new.float() - output.float()).norm(), output.float().norm()
                 errors[name] = float(difference / norm) if float(norm) else float(difference)
 
@@ -188,12 +197,70 @@ def layer_errors(before: nn.Module, after: nn.Module, names: Sequence[str], cont
     return errors
 
 
+def _first(output: Any) -> Any:
+    """Return what a layer computes where it answers with a tuple, as attention with its weights does."""
+    return output[0] if isinstance(output, tuple) and output else output
+
+
 def _in_own_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Cast inputs for torch's own layers, which refuse a dtype that is not their parameters'."""
     own = next((p.dtype for p in module.parameters(recurse=False) if p.is_floating_point()), None)
     if own is None or is_registered(module):
         return args
     return tuple(a.to(own) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def counted_flops(model: nn.Module, names: Sequence[str], context: Context) -> dict[str, int] | None:
+    """Return the operations on one batch of the model ("") and of some modules; None where there is no batch.
+
+    torch's counter counts products of matrices and convolutions, twice their multiply-adds; it does not know every
+    operation of token mixers, so these say theirs themselves (``Mixer.flops``).
+    """
+    batch = timing_batch(context)
+    if batch is None:
+        return None
+    counter = FlopCounterMode(display=False)
+    told, entered, inside = [0], dict.fromkeys(names, 0), [0]  # what mixers said beyond the counter; who is running
+    found = dict.fromkeys(names, 0)
+
+    def total() -> int:
+        return int(counter.get_total_flops()) + told[0]
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> None:
+        if name is not None:
+            entered[name] = total()
+            return
+        if inside[0] == 0:
+            mixers[module] = total()
+        inside[0] += 1
+
+    def end(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str | None) -> None:
+        if name is not None:
+            found[name] += total() - entered[name]
+            return
+        inside[0] -= 1
+        if inside[0] == 0:
+            x = args[0] if args else kwargs["x"]
+            told[0] += module.flops(tuple(x.shape)) - (total() - mixers[module])
+
+    mixers: dict[nn.Module, int] = {m: 0 for m in model.modules() if isinstance(m, Mixer)}
+    # Mixers first: what they say is in the total when the end of a module that is one is seen.
+    watched = [(m, None) for m in mixers] + [(model.get_submodule(name), name) for name in names]
+    handles = []
+    for module, name in watched:
+        handles.append(module.register_forward_pre_hook(partial(begin, name=name), with_kwargs=True))
+        handles.append(module.register_forward_hook(partial(end, name=name), with_kwargs=True))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # Fused attention and fused encoder layers are not counted; their parts are.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            run_timing(model, batch, context)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+    return {"": total(), **found}
 
 
 def environment() -> dict[str, str | int]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_int
-from quernel.nn import LSConv, Mixer
+from quernel.nn import ChannelsFirst, LSConv, Mixer
 from quernel.nn._described import layer_config, layer_from_config
 from quernel.nn.conv.large_small import ConvNorm
 from quernel.nn.functional import fold_batch_norm
@@ -158,7 +158,7 @@ class LSNetBlock(nn.Module):
         return y
 
     def fold_(self) -> None:
-        if isinstance(self.mixer, Mixer):
+        if isinstance(self.mixer, Mixer | ChannelsFirst):
             self.mixer = self.mixer.fuse()
         elif isinstance(self.mixer, RepDepthwise):
             self.mixer = self.mixer.folded()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_float, check_int
-from quernel.nn import DropPath, InceptionDWConv2d, Mixer, make_mixer
+from quernel.nn import ChannelsFirst, DropPath, InceptionDWConv2d, Mixer, make_mixer
 from quernel.nn._described import layer_config, layer_from_config
 from quernel.nn.functional import fold_batch_norm
 
@@ -98,7 +98,7 @@ class MetaNeXtBlock(nn.Module):
                 self.mlp.fc2.weight.mul_(self.gamma[:, None, None, None])
                 self.mlp.fc2.bias.mul_(self.gamma)  # type: ignore[union-attr]
             self.gamma = None
-        if isinstance(self.token_mixer, Mixer):
+        if isinstance(self.token_mixer, Mixer | ChannelsFirst):
             self.token_mixer = self.token_mixer.fuse()
 
 

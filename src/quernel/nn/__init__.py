@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "DepthwiseConv2d": ".conv.depthwise",
         "DropPath": ".drop_path",
         "DynamicCrossQuantLinear": ".linear.dynamic_crossquant",
+        "EncoderMixer": ".encoder_mixer",
         "FactorizedConv1d": ".conv.factorized",
         "FactorizedConv2d": ".conv.factorized",
         "FactorizedConv3d": ".conv.factorized",

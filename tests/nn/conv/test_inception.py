@@ -218,3 +218,33 @@ def test_what_cannot_be_right_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert isinstance(caught.value, QuernelError)
+
+
+def test_layers_of_another_geometry_are_not_read_as_the_constructors() -> None:
+    mixer, x = InceptionDWConv2d(16), draw(2, 9, 8, 16)
+    for other in (
+        nn.Conv2d(2, 2, (1, 11), padding=(0, 10), dilation=(1, 2), groups=2),
+        nn.Conv2d(2, 2, (1, 11), padding=(0, 5), padding_mode="circular", groups=2),
+        nn.Conv2d(2, 2, (1, 7), padding=(0, 3), groups=2),
+        nn.Conv2d(2, 2, (1, 11), padding=(0, 5)),
+    ):
+        mixer.dwconv_w = other
+        wanted = other(x[..., 12:14].movedim(-1, 1)).movedim(1, -1)
+        torch.testing.assert_close(mixer(x)[..., 12:14], wanted, **CLOSE)
+
+
+def test_hooks_of_gradients_are_called() -> None:
+    mixer, seen = InceptionDWConv2d(16), []
+    mixer.dwconv_h.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    mixer(draw(2, 5, 6, 16).requires_grad_()).sum().backward()
+    assert seen == [(2, 2, 5, 6)]
+
+
+def test_no_channel_moves_without_need() -> None:
+    fit = InceptionDWConv2d.from_depthwise(nn.Conv2d(48, 48, 7, padding=3, groups=48))
+    for part in fit.permutation.split([30, 6, 6, 6]):
+        assert part.tolist() == sorted(part.tolist())
+    conv = nn.Conv2d(16, 16, 7, padding=3, groups=16)
+    nn.init.constant_(conv.weight, float("nan"))
+    with pytest.raises(QuernelError, match="finite weights"):
+        InceptionDWConv2d.from_depthwise(conv)

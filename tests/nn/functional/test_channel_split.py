@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from quernel._errors import QuernelError
 from quernel._timing import threads
@@ -105,6 +106,18 @@ def test_threads_and_empty_batches(path: str) -> None:
     torch.testing.assert_close(y, alone[0], **CLOSE)
     torch.testing.assert_close(by_taps, alone[1], rtol=1e-3, atol=1e-1)
     assert split_depthwise(x[:0], taps, bias, sizes).shape == (0, 24, 25, 48)
+
+
+def test_both_directions_are_for_cpus_and_gpus_and_counted(path: str) -> None:
+    x, taps, bias = (t.requires_grad_() for t in operands((2, 4, 5, 8), 3, [(3, 3), (1, 5)]))
+    with FlopCounterMode(display=False) as counter:
+        y = split_depthwise(x, taps, bias, [(3, 3), (1, 5)])
+        assert counter.get_total_flops() == 2 * 40 * 14 * 3
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 40 * 14 * 3
+    for name in ("split_depthwise", "split_depthwise_backward"):
+        for device in ("CPU", "CUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"quernel::{name}", device)
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from quernel._errors import QuernelError
 from quernel._timing import threads
@@ -164,6 +165,15 @@ def test_no_unfolded_copy_is_made() -> None:
     # Activations that are allocated, the output among them; unfolding takes nine for the copy alone.
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) / (4 * x.numel())
     assert allocated <= (2.5 if not module.portable() else 4.0)
+
+
+def test_operations_are_counted_in_both_directions(backend: Any) -> None:
+    x, w = (t.requires_grad_() for t in operands((2, 8, 2, 4, 5), 3))
+    with FlopCounterMode(display=False) as counter:
+        y = ska(x, w, backend)
+        assert counter.get_total_flops() == 2 * 2 * 8 * 20 * 9
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 2 * 8 * 20 * 9
 
 
 @pytest.mark.parametrize(

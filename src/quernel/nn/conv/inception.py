@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quernel._errors import QuernelError
 from quernel._registry import register
-from quernel._validate import check_float, check_int, check_type
+from quernel._validate import all_finite, check_float, check_int, check_type
 from quernel.nn._mixer import Mixer
 from quernel.nn.functional.channel_split import split_depthwise
 
@@ -124,7 +124,7 @@ class _InceptionDWConv(Mixer):
         Raises
         ------
         QuernelError
-            If the convolution is another.
+            If the convolution is another, or its kernels are not finite.
         """
         check_type("conv", conv, CONVS[len(cls.axes)])
         _check_depthwise(conv)
@@ -190,7 +190,8 @@ class _InceptionDWConv(Mixer):
     def _in_one_pass(self, x: Tensor, convs: list[Any]) -> bool:
         """Whether the fused operation takes this input; layers that are watched or replaced run one by one."""
         plain = x.dtype is torch.float32 and x.device.type == "cpu" and len(self.axes) < 3 and x.is_contiguous()
-        return plain and bool(convs) and all(_is_plain(conv) for conv in convs)
+        sizes = map(self._kernel_sizes, self.branches)
+        return plain and bool(convs) and all(map(_is_plain, convs, sizes))
 
     def _kernel_sizes(self, name: str) -> tuple[int, ...]:
         if name == self.all_branches[0]:
@@ -318,10 +319,14 @@ class InceptionDWConv3d(_InceptionDWConv):
     all_branches = ("dhw", "w", "h", "d")
 
 
-def _is_plain(conv: Any) -> bool:
+def _is_plain(conv: Any, sizes: tuple[int, ...]) -> bool:
+    """Whether a layer is the convolution that the constructor made, and nobody watches its output or gradients."""
     if type(conv) not in (nn.Conv1d, nn.Conv2d) or conv.bias is None or conv.weight.dtype is not torch.float32:
         return False
-    return not conv._forward_hooks and not conv._forward_pre_hooks
+    made = conv.kernel_size == sizes and conv.padding == tuple(s // 2 for s in sizes) and conv.padding_mode == "zeros"
+    alike = made and conv.groups == conv.out_channels and all(s == 1 for s in (*conv.stride, *conv.dilation))
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    return alike and not any(hooks)
 
 
 def _check_depthwise(conv: Any) -> None:
@@ -330,6 +335,8 @@ def _check_depthwise(conv: Any) -> None:
     padded = conv.padding in (tuple(size // 2 for size in sizes), "same") and conv.padding_mode == "zeros"
     if not square or not padded or tuple(conv.stride) != ones or tuple(conv.dilation) != ones:
         raise QuernelError(f"conv must be depthwise, of stride 1, odd and padded by half with zeros; got {conv}")
+    if not all_finite(conv.weight):
+        raise QuernelError("conv must have finite weights; got NaN or infinity. Look for where training diverged")
 
 
 def _assigned(explained: Tensor, counts: list[int]) -> Tensor:
@@ -338,7 +345,8 @@ def _assigned(explained: Tensor, counts: list[int]) -> Tensor:
     channels, places = linear_sum_assignment(explained.cpu().numpy()[:, owner], maximize=True)
     permutation = torch.empty(len(channels), dtype=torch.long)
     permutation[torch.from_numpy(places)] = torch.from_numpy(channels)
-    return permutation
+    # Places of one branch are alike: channels keep their order there, so that none moves without need.
+    return torch.cat([part.sort().values for part in permutation.split(counts)])
 
 
 def _squares(kernel: Tensor) -> Tensor:  # (C, ...) -> (C,)

@@ -89,7 +89,7 @@ def _counts(sizes: Sequence[int]) -> list[int]:
 
 
 def _able(x: Tensor) -> bool:
-    return x.dtype is torch.float32 and x.numel() > 0 and not portable()
+    return x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0 and not portable()
 
 
 @functools.lru_cache(maxsize=256)
@@ -183,8 +183,8 @@ _library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 for _device in ("CPU", "CUDA"):
-    _library.impl("split_depthwise", _filter if _device == "CPU" else _plain, _device)
-_library.impl("split_depthwise_backward", _gradients, "CPU")
+    _library.impl("split_depthwise", _filter, _device)
+    _library.impl("split_depthwise_backward", _gradients, _device)
 _op = torch.ops.quernel.split_depthwise.default
 _backward_op = torch.ops.quernel.split_depthwise_backward.default
 
@@ -221,6 +221,11 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 torch.library.register_autograd("quernel::split_depthwise", _backward, setup_context=_remember, lib=_library)
 torch.library.register_autograd("quernel::split_depthwise_backward", _no_second_derivative, lib=_library)
+
+
+@register_flop_formula([torch.ops.quernel.split_depthwise_backward])
+def _flops_of_gradients(g: Any, x: Any, taps: Any, sizes: Any, by_x: bool, by_taps: bool, **__: Any) -> int:
+    return (by_x + by_taps) * _flops(x, taps)
 
 
 @register_flop_formula([torch.ops.quernel.split_depthwise])

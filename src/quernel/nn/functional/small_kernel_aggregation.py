@@ -338,10 +338,15 @@ for _name, _derivative in (
     torch.library.register_autograd(f"quernel::{_name}", _derivative, setup_context=_remember, lib=_library)
 
 
-@register_flop_formula([torch.ops.quernel.ska])
+@register_flop_formula([torch.ops.quernel.ska, torch.ops.quernel.ska_input_gradient])
 def _flops(x: Any, w: Any, *_: Any, **__: Any) -> int:
     batch, channels, height, width = x
     return 2 * int(batch * channels * height * width * w[2])
+
+
+@register_flop_formula([torch.ops.quernel.ska_weight_gradient])
+def _flops_of_weights(g: Any, x: Any, sets: int, taps: int, *_: Any, **__: Any) -> int:
+    return _flops(x, (0, 0, taps))
 
 
 def _warmup() -> None:
