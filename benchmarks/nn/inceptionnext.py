@@ -32,12 +32,13 @@ def depthwise(channels: int, size: int) -> nn.Conv2d:
 def setup(batch: int, channels: int, side: int) -> SimpleNamespace:
     torch.manual_seed(0)
     x = torch.randn(batch, side, side, channels)
-    ours = InceptionDWConv2d(channels)
+    ours, grad = InceptionDWConv2d(channels), torch.randn_like(x)
     return SimpleNamespace(
         x=x,
         first=x.permute(0, 3, 1, 2).contiguous(),
         last=x.permute(0, 3, 1, 2),
-        grad=torch.randn_like(x),
+        grad=grad,
+        grad_planes=grad.permute(0, 3, 1, 2).contiguous(),
         ours=ours,
         single=ours.to_depthwise(),
         dense=depthwise(channels, 7).to(memory_format=LAST),
@@ -62,8 +63,7 @@ def trained(call: Callable[[SimpleNamespace], Tensor], name: str, grad: str, s: 
     """Forward and backward by the input and all parameters."""
     held = SimpleNamespace(**vars(s))
     setattr(held, name, getattr(s, name).detach().requires_grad_())
-    g = s.grad if grad == "last" else s.grad.permute(0, 3, 1, 2)
-    call(held).backward(g)
+    call(held).backward({"last": s.grad, "first": s.grad.permute(0, 3, 1, 2), "planes": s.grad_planes}[grad])
 
 
 def is_one_convolution(s: SimpleNamespace) -> None:
@@ -121,7 +121,7 @@ PEERS: dict[str, tuple[Callable[[SimpleNamespace], Tensor], str, str]] = {
     DENSE: (lambda s: s.dense(s.last), "last", "first"),
     "torch convolutions and a concatenation": (branches, "last", "first"),
     "11x11 depthwise, channels_last": (lambda s: s.large(s.last), "last", "first"),
-    "7x7 depthwise, NCHW": (lambda s: s.dense_first(s.first), "first", "first"),
+    "7x7 depthwise, NCHW": (lambda s: s.dense_first(s.first), "first", "planes"),
 }
 SIZES = ((8, 96, 56), (1, 96, 56), (1, 384, 14))
 CASES = [

@@ -93,6 +93,11 @@ def test_depthwise_convolutions_become_inception_mixers(tmp_path: Any) -> None:
     assert first.details == {"FLOPs before": 2 * 512 * 16 * 49, "FLOPs after": 512 * (2 * 2 * 31 + 6)}
     assert first.relative_error is not None and first.relative_error > 0.1  # another function until it is trained
     assert report.bytes_before == unique_bytes(net) and report.bytes_after == unique_bytes(result.model)
+    # Blocks hold gamma and other layers; no byte is counted twice.
+    assert sum(layer.bytes_before for layer in report.layers) == report.bytes_before
+    assert sum(layer.bytes_after for layer in report.layers) == report.bytes_after
+    block = next(layer for layer in report.layers if layer.name == "stages.0.blocks.0")
+    assert (block.kind, block.action, block.bytes_before, block.bytes_after) == ("MetaNeXtBlock", "keep", 64, 64)
     saved = sum(row.details["FLOPs before"] - row.details["FLOPs after"] for row in rows.values())
     assert report.summary["FLOPs before"] - report.summary["FLOPs after"] == saved > 0
     with FlopCounterMode(display=False) as counter, torch.no_grad():

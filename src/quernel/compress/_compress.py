@@ -326,27 +326,34 @@ def layer_reports(
     sizes: dict[str, int],
     errors: dict[str, float],
 ) -> tuple[LayerReport, ...]:
-    """Return a row for each layer that a plan names or that holds parameters of its own."""
+    """Return a row for each layer that a plan names or that holds parameters of its own; no byte stands in two rows."""
     kinds = {name: type(m).__name__ for name, m in before.named_modules() if name}
-    now = dict(after.named_modules())
-    rows = []
-    for name, kind in kinds.items():
-        plan = plans.get(name)
+    left = {name: unique_bytes(m) for name, m in after.named_modules() if name in kinds}
+    listed = []
+    for name in kinds:
         own = any(True for _ in before.get_submodule(name).parameters(recurse=False))
-        inside = any(name.startswith(f"{other}.") for other in plans if other)
-        if plan is None and (not own or inside):
-            continue
-        size = sizes.get(name, 0)
+        if name in plans or (own and not any(name.startswith(f"{other}.") for other in plans if other)):
+            listed.append(name)
+    rows = []
+    for name in listed:
+        plan = plans.get(name)
         rows.append(
             LayerReport(
                 name=name,
-                kind=kind,
+                kind=kinds[name],
                 action="keep" if plan is None else plan.action,
                 reason="no method took it" if plan is None else plan.reason,
-                bytes_before=size,
-                bytes_after=unique_bytes(now[name]) if name in now else 0,
+                bytes_before=_without(name, listed, sizes),
+                bytes_after=_without(name, listed, left),
                 relative_error=errors.get(name),
                 details={} if plan is None else dict(plan.details),
             )
         )
     return tuple(rows)
+
+
+def _without(name: str, listed: Sequence[str], sizes: dict[str, int]) -> int:
+    """Return the bytes of a layer less those of the rows below it: a block that scales its output holds others."""
+    below = [other for other in listed if other.startswith(f"{name}.")]
+    outermost = [o for o in below if not any(o.startswith(f"{other}.") for other in below)]
+    return max(sizes.get(name, 0) - sum(sizes.get(o, 0) for o in outermost), 0)

@@ -129,8 +129,8 @@ class _InceptionDWConv(Mixer):
         check_type("conv", conv, CONVS[len(cls.axes)])
         _check_depthwise(conv)
         band = max(11, *conv.kernel_size) if band_kernel_size is None else band_kernel_size
-        mixer = cls(conv.in_channels, band_kernel_size=band, **options)
         kernel = conv.weight.detach()[:, 0]
+        mixer = cls(conv.in_channels, band_kernel_size=band, **options).to(kernel.device, kernel.dtype)
         centre = kernel[(slice(None), *(size // 2 for size in conv.kernel_size))]
         bias = torch.zeros_like(centre) if conv.bias is None else conv.bias.detach()
         parts = [mixer._part(name, kernel) for name in mixer.branches]
@@ -149,7 +149,7 @@ class _InceptionDWConv(Mixer):
                 branch.weight.copy_(_fitted(part[channels], tuple(branch.kernel_size))[:, None])
                 branch.bias.copy_(bias[channels])
         error = max(float(1 - found / total), 0.0) if total > 0 else 0.0
-        return InceptionFit(mixer.to(kernel.device, kernel.dtype), permutation, scale, shift, error)
+        return InceptionFit(mixer, permutation, scale, shift, error)
 
     def to_depthwise(self) -> nn.Module:
         """Return the one depthwise convolution that computes the same, for export and for checks; far slower."""
