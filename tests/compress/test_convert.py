@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import quernel
@@ -218,38 +218,20 @@ def test_what_cannot_be_right_is_refused(call: Any, message: str) -> None:
         call(torch.randn(1, 3, 32, 32))
 
 
-def padding(dtype: torch.dtype) -> Tensor:
-    """Return the mask of ``TOKENS`` for pairs, (2, 1, 9, 9)."""
-    seen = TOKENS["attention_mask"].bool()[:, None, None, :].expand(-1, 1, 9, -1)
-    return (
-        seen if dtype is torch.bool else torch.zeros(2, 1, 9, 9, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    )
+def test_fused_layers_of_torch_are_counted_by_their_parts() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    net, x = nn.Sequential(layer, nn.Linear(16, 3)).eval(), torch.randn(2, 5, 16)
+    report = convert(net, lambda name, m: name == "1", lambda old: nn.Identity(), example_inputs=x).report
+    attention, perceptron = 10 * 8 * 16 * 16 + 2 * 4 * 5 * 5 * 16, 10 * 4 * 16 * 24
+    assert report.summary["FLOPs after"] == attention + perceptron
+    assert report.summary["FLOPs before"] == attention + perceptron + 10 * 2 * 16 * 3
+    assert torch.backends.mha.get_fastpath_enabled()
+    # Another width cannot be compared.
+    assert [(row.action, row.relative_error) for row in report.layers if not row.untouched] == [("Identity", None)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
-def test_every_form_of_padding_is_the_mask_of_the_mixer(dtype: torch.dtype) -> None:
-    mixer, x = SoftmaxAttention(8, 2), torch.randn(2, 9, 8)
-    layer, mask = EncoderMixer(mixer), TOKENS["attention_mask"].bool()
-    wanted = mixer(x, mask=mask)
-    for given in (padding(dtype), padding(dtype)[:, :, :1], TOKENS["attention_mask"]):
-        y, weights = layer(hidden_states=x, attention_mask=given, past_key_values=None)
-        assert weights is None
-        torch.testing.assert_close(y, wanted)
-    torch.testing.assert_close(layer(x)[0], mixer(x))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda m, x: m(x, torch.ones(1, 1, 4, 4).tril().bool()), "the same for every query"),
-        (lambda m, x: m(x, torch.ones(4, 4, 4)), r"attention_mask must have shape \(B, T\) or \(B, 1, T, T\)"),
-        (lambda m, x: m(x, [1, 1]), "attention_mask"),
-        (lambda m, x: m(x, past_key_values=()), "past_key_values cannot be given"),
-        (lambda m, x: m(x, encoder_hidden_states=x), "encoder_hidden_states cannot be given"),
-        (lambda m, x: EncoderMixer(InceptionDWConv2d(8)), "mixer must take sequences"),
-        (lambda m, x: EncoderMixer(nn.Linear(8, 8)), "mixer"),
-    ],
-)
-def test_what_no_mixer_can_do_is_refused(call: Any, message: str) -> None:
-    with pytest.raises(QuernelError, match=message):
-        call(EncoderMixer(SoftmaxAttention(8, 2)), torch.randn(1, 4, 8))
+def test_what_a_mixer_says_is_counted_once() -> None:
+    mixer = SoftmaxAttention(8, 2)
+    net, x = nn.Sequential(mixer, nn.Linear(8, 8), mixer).eval(), torch.randn(2, 5, 8)
+    report = convert(net, nn.Linear, lambda old: old, example_inputs=x).report
+    assert report.summary["FLOPs before"] == 2 * mixer.flops((2, 5, 8)) + 2 * 10 * 64

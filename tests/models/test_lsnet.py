@@ -179,6 +179,7 @@ def test_it_trains_and_distillation_gives_two_heads() -> None:
         (lambda: LSNet(32, (8, 8), (1,), (1, 1)), "one value for each of 1 to 4 stages"),
         (lambda: LSNet(32, (8,) * 5, (1,) * 5, (1,) * 5), "one value for each of 1 to 4 stages"),
         (lambda: LSNet(32, (8,), (1,), (1,), stem_stride=3), "stem_stride must be one of 8, 4, 2 and 1"),
+        (lambda: LSNet(32, (8,), (1,), (1,), mixer="soft-attention"), "mixer must be a callable dim -> module"),
         (lambda: LSNet(32, (12,), (2,), (1,)), "group_size must divide dim=12"),
         (lambda: LSNet(32, (8, 8, 8, 8), (1,) * 4, (1, 1, 1, 3)), "heads must divide the channels of the fourth stage"),
         (lambda: LSNet.from_config(small().config() | {"mixers": []}), "mixers must be one for every second block, 2"),

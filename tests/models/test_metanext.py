@@ -170,6 +170,7 @@ def test_it_trains_and_drops_paths_linearly() -> None:
         (lambda: MetaNeXt((1,), (16,), stem_stride=3), "stem_stride must be one of 4, 2 and 1"),
         (lambda: MetaNeXt((1,), (16,), mixers="nothing"), "name must be one of"),
         (lambda: MetaNeXt((1,), (16,), drop_path=1.0), "drop_path"),
+        (lambda: MetaNeXt((1,), (16,), ls_init=float("nan")), "ls_init"),
     ],
 )
 def test_what_cannot_be_right_is_refused(call: Any, message: str) -> None:

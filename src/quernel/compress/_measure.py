@@ -171,6 +171,8 @@ def layer_errors(before: nn.Module, after: nn.Module, names: Sequence[str], cont
             if isinstance(output, Tensor) and output.is_floating_point() and name not in errors:
                 keywords = dict(zip(kwargs, _in_own_dtype(replaced[name], tuple(kwargs.values())), strict=True))
                 new = _first(replaced[name](*_in_own_dtype(replaced[name], args), **keywords))
+                if not isinstance(new, Tensor) or new.shape != output.shape:
+                    return  # another width or answer, which has no difference to this one
                 # A layer that took over the activation behind it is compared with both.
                 fused = getattr(replaced[name], "activation", None)
                 output = FUSIBLE[fused](output) if isinstance(fused, str) else output

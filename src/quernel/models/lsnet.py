@@ -263,6 +263,10 @@ class LSNet(nn.Module):
                 f"heads must divide the channels of the fourth stage, {embed_dims[ATTENTION_STAGE]}; got "
                 f"{heads[ATTENTION_STAGE]}"
             )
+        if mixer is not None and not callable(mixer):
+            raise QuernelError(
+                f"mixer must be a callable dim -> module; got {mixer!r}. Use a function around make_mixer"
+            )
         self._config: dict[str, Any] = {
             "img_size": img_size, "embed_dims": list(embed_dims), "depths": list(depths), "heads": list(heads),
             "num_classes": num_classes, "stem_stride": stem_stride, "distillation": bool(distillation),

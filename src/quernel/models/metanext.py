@@ -163,7 +163,8 @@ class MetaNeXt(nn.Module):
 
     Notes
     -----
-    Runs fastest on CPUs with ``model.to(memory_format=torch.channels_last)`` and images in that format.
+    Runs fastest on CPUs with ``model.to(memory_format=torch.channels_last)`` and images in that format.  Weights of all
+    convolutions and linear layers, those of mixers too, start from a normal distribution of 0.02, biases from zero.
 
     References
     ----------
@@ -204,6 +205,8 @@ class MetaNeXt(nn.Module):
             raise QuernelError(f"stem_stride must be one of 4, 2 and 1; got {stem_stride!r}")
         check_int("num_classes", num_classes, low=1), check_int("in_channels", in_channels, low=1)
         check_float("drop_path", drop_path, low=0.0, high=1.0, open_high=True)
+        if ls_init is not None:
+            check_float("ls_init", ls_init)
         self._config: dict[str, Any] = {
             "depths": list(depths), "dims": list(dims), "mlp_ratios": [float(r) for r in ratios],
             "stem_stride": stem_stride, "in_channels": in_channels, "num_classes": num_classes,
