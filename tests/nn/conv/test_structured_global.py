@@ -55,7 +55,7 @@ def test_parameters_grow_with_the_logarithm() -> None:
             kernel = MultiScaleKernel(3, 1 << power, heads=2)
         counts.append(sum(p.numel() for p in kernel.parameters()))
         assert counts[-1] == 2 * 3 * 64 * (1 + power - 6)
-    assert counts[-1] < 2 * counts[0] + 2 * 3 * 64 * 5 and counts[-1] < 6 * (1 << 10)
+    assert counts[-1] <= 3 * counts[0]  # for 1024 times the length
 
 
 @pytest.mark.parametrize("options", [{}, {"combine": "sum"}, {"learnable_decay": True}, {"init": "cos"}])
