@@ -1,8 +1,8 @@
 """Long convolutions: ``fft_conv`` against one transform of everything, torch's convolution, and attention.
 
-The naive expression pads, transforms, multiplies and goes back for all rows (a sample's channel each) at once: each step
-streams all spectra through memory.  The floor counts 2.5 n log2 n operations for a real transform of n numbers, forth and
-back for every row and once for every kernel, at the rate of fused multiply-adds; transforms reach a part of it.
+The naive expression pads, transforms, multiplies and goes back for all rows (a sample's channel each) at once: each
+step streams all spectra through memory.  The floor counts 2.5 n log2 n operations for a real transform of n numbers,
+forth and back for every row and once for every kernel, at the rate of fused multiply-adds; transforms reach a part.
 """
 
 from __future__ import annotations
