@@ -300,6 +300,6 @@ class SGConv(GlobalConv):
             warnings.warn(
                 f"x has {u.shape[2]} tokens, more than the {self.filters.length} taps of the kernel: tokens farther "
                 "apart do not meet. Use extended(), or a larger l_max",
-                stacklevel=5,
+                stacklevel=6,
             )
         return super()._convolved(u)
