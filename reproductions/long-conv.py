@@ -20,7 +20,7 @@ from quernel.nn import H3Conv, LongConv, Mixer, SoftmaxAttention
 
 long_conv = Reproduction("long-conv", paper="2302.06646")
 
-SIDE, IMAGES, EPOCHS, DIM, DEPTH = 28, 2_000, 20, 32, 2
+SIDE, IMAGES, EPOCHS, DIM, DEPTH = 28, 2_000, 60, 32, 2
 STEPS = EPOCHS * IMAGES // nets.BATCH
 TEXT_DIM, HEADS, LENGTH, TEXT_BATCH, TEXT_STEPS = 64, 4, 512, 8, 300
 TEXT_RATES = (3e-3, 6e-3)
