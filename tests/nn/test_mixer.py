@@ -167,8 +167,10 @@ def test_make_mixer_knows_systems_and_classes() -> None:
 def test_make_mixer_leaves_every_system_buildable(name: str) -> None:
     needed: dict[str, dict[str, Any]] = {
         "hyperzzw": {"size": 4},
+        "long-conv": {"l_max": 9},
         "nalaformer": {"heads": 2},
         "neighborhood-attention": {"num_heads": 2, "kernel_size": 3},
+        "sgconv": {"l_max": 9},
         "soft-attention": {"num_heads": 2},
         "softmax-attention": {"num_heads": 2},
     }
