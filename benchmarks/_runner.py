@@ -215,8 +215,9 @@ def _named(file: str, name: str) -> Case:
 
 
 def _run_here(file: Path, case: Case, counts: Sequence[int], settings: Settings, cold: float | None) -> Iterator[Row]:
-    state = case.setup()
     for n in counts:
+        # Anew: calls that were timed have left gradients and running means behind, which a gate would take for errors.
+        state = case.setup()
         with _timing.threads(n):
             bound = case.bound_ms(state, n) if callable(case.bound_ms) else case.bound_ms
             failure = _gate(case, state)

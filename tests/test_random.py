@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from quernel._errors import QuernelError
-from quernel._random import generator, row_states, spawn, torch_generator
+from quernel._random import generator, row_states, seeded, spawn, torch_generator
 
 
 def test_the_same_seed_gives_the_same_numbers():
@@ -72,3 +72,10 @@ def test_global_generators_are_left_alone():
 def test_bad_seeds(seed):
     with pytest.raises(QuernelError, match="seed must be"):
         generator(seed)
+
+
+def test_seeded_examples_repeat_and_leave_torch_alone() -> None:
+    make = seeded(lambda: torch.nn.Linear(3, 2).weight)
+    before = torch.get_rng_state()
+    assert torch.equal(make(), make())
+    assert torch.equal(torch.get_rng_state(), before)

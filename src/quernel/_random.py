@@ -1,8 +1,10 @@
-"""Randomness without a global generator: child seeds, and one seed for NumPy, torch and row states."""
+"""Randomness without a global generator: child seeds, one seed for NumPy, torch and row states, seeded examples."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from quernel._errors import QuernelError
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 Seed = int | np.random.SeedSequence | np.random.Generator | None
 
 
@@ -41,3 +44,17 @@ def torch_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Gen
 def row_states(seed: Seed, n: int) -> np.ndarray:
     """Return one non-zero uint64 state a row, shape (n,), for kernels that draw inside a loop."""
     return generator(seed).integers(1, 2**64, size=n, dtype=np.uint64)
+
+
+def seeded(make: Callable[[], T]) -> Callable[[], T]:
+    """Return ``make``, with torch's initialisers drawing the same numbers every time; its generator is put back."""
+
+    @functools.wraps(make)
+    def made() -> T:
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return make()
+
+    return made

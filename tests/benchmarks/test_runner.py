@@ -41,6 +41,8 @@ TOY = """
         Case(name="fresh", fresh=True, peers={"slow": slow}, **COMMON),
     ]
     CASES += SLOW_CASES
+    CASES.append(Case(name="used", setup=lambda: [], ours=lambda used: used.append(1), gate=lambda used: not used,
+                      peers={"same": lambda used: used.append(1)}, min_ms=0.05, threads=(1, 2)))
 """
 FIELDS = ["name", "ours_ms", "peer", "peer_ms", "ratio", "target", "bound_ms", "threads", "ok"]
 
@@ -92,6 +94,13 @@ def test_nothing_is_timed_behind_a_failed_gate(toy, capsys, monkeypatch, case):
     (row,) = document["rows"]
     assert row["ratio"] is row["ours_ms"] is None
     assert row["ok"] is False
+
+
+@pytest.mark.slow
+def test_every_thread_count_begins_with_a_state_that_nothing_has_used(toy, capsys):
+    rows = run(capsys, "--case", "used")[1]["rows"]
+    assert [row["threads"] for row in rows] == [1, 2]
+    assert all(row["ratio"] for row in rows)
 
 
 @pytest.mark.slow

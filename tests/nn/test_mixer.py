@@ -12,9 +12,14 @@ from quernel._errors import QuernelError
 from quernel.nn import (
     ChannelsFirst,
     DropPath,
+    H3Conv,
     HyperZZWLocal,
+    LongConv,
     MetaBlock,
     Mixer,
+    NeighborhoodAttention1d,
+    NormAwareLinearAttention,
+    SGConv,
     SoftmaxAttention,
     make_mixer,
     mixer_names,
@@ -262,3 +267,39 @@ def test_config_draws_nothing() -> None:
     state = torch.get_rng_state()
     block.config()
     assert torch.equal(state, torch.get_rng_state())
+
+
+RECURRENT: list[tuple[Any, dict[str, Any]]] = [
+    (SoftmaxAttention, {"num_heads": 2, "causal": True}),
+    (NormAwareLinearAttention, {"heads": 2, "causal": True}),
+    (NeighborhoodAttention1d, {"num_heads": 2, "kernel_size": 3, "is_causal": True}),
+    (LongConv, {"l_max": 9}),
+    (SGConv, {"l_max": 9}),
+    (H3Conv, {"l_max": 9}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), RECURRENT, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_state_begins_where_the_parameters_are(kind: Any, options: dict[str, Any]) -> None:
+    mixer = kind(8, **options)
+    for where in ("cpu", "meta"):
+        state = mixer.to(where).init_state(2)
+        assert {t.device.type for t in torch.utils._pytree.tree_leaves(state)} == {where}
+    assert {t.device.type for t in torch.utils._pytree.tree_leaves(mixer.init_state(2, device="cpu"))} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (SoftmaxAttention(8, 2, causal=True), SoftmaxAttention(8, 2)),
+        (LongConv(8, 9), LongConv(8, 9, bidirectional=True)),
+        (LongConv(8, 9), LongConv(8, 9, butterfly="learned")),
+        (SGConv(8, 9), SGConv(8, 9, bidirectional=True)),
+    ],
+    ids=["softmax", "bidirectional", "learned", "sgconv"],
+)
+def test_what_is_not_causal_takes_no_state(before: Mixer, after: Mixer) -> None:
+    with pytest.raises(QuernelError, match="has a recurrent form only with"):
+        after(draw(2, 3, 8), state=before.init_state(2))
+    with pytest.raises(QuernelError, match="has a recurrent form only with"):
+        after.init_state(2)

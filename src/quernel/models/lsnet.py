@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_int
 from quernel.nn import ChannelsFirst, LSConv, Mixer
@@ -37,10 +38,9 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = 
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> LSNet:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return LSNet(32, (8, 8, 16, 16), (0, 2, 1, 2), (1, 1, 1, 2), num_classes=3, stem_stride=2)
+        return LSNet(32, (8, 8, 16, 16), (0, 2, 1, 2), (1, 1, 1, 2), num_classes=3, stem_stride=2)
 
     return {"make": make, "input": lambda generator: (torch.randn(2, 3, 32, 32, generator=generator),)}
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_float, check_int
 from quernel.nn import ChannelsFirst, DropPath, InceptionDWConv2d, Mixer, make_mixer
@@ -27,10 +28,9 @@ MixerMaker = Callable[[int], nn.Module]
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> MetaNeXt:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return MetaNeXt((1, 2), (8, 16), num_classes=3, stem_stride=2, drop_path=0.1, ls_init=0.5)
+        return MetaNeXt((1, 2), (8, 16), num_classes=3, stem_stride=2, drop_path=0.1, ls_init=0.5)
 
     return {"make": make, "input": lambda generator: (torch.randn(2, 3, 16, 16, generator=generator),)}
 

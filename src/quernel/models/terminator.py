@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_float, check_int
 from quernel.nn.conv.sfne import SFNEBlock, tiled
@@ -25,10 +26,9 @@ RELEASED_OMEGA = 2000.0
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> Terminator:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return Terminator(size=4, factors=(4, 1, 1), layers=(1, 1, 1), dropout=(0, 0, 0), num_classes=3)
+        return Terminator(size=4, factors=(4, 1, 1), layers=(1, 1, 1), dropout=(0, 0, 0), num_classes=3)
 
     return {"make": make, "input": lambda generator: (torch.randn(3, 3, 4, 4, generator=generator),)}
 

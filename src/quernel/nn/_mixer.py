@@ -76,6 +76,7 @@ class Mixer(nn.Module, ABC):
             return self._mix(x, mask).to(given)
         if mask is not None:
             raise QuernelError("mask cannot be given with state: a token that goes on from a state is always kept")
+        self._check_recurrent()
         y, state = self._continue(x, state)
         return y.to(given), state
 
@@ -136,6 +137,15 @@ class Mixer(nn.Module, ABC):
     def _continue(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # (B, T, C)
         """Go on from a state."""
         raise self._no_recurrent_form()
+
+    def _check_recurrent(self) -> None:
+        """Raise unless the mixer, with its options, can go on from a state."""
+        if not self.causal:
+            raise self._no_recurrent_form()
+
+    def _state_device(self, device: torch.device | str | None) -> torch.device | str:
+        """Return where a new state lies: where it was asked for, or where the parameters are."""
+        return next(self.parameters()).device if device is None else device
 
     def _no_recurrent_form(self) -> QuernelError:
         why = "" if self.causal else ": it is not causal"

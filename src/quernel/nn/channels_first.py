@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_type
 from quernel.nn._described import layer_config, layer_from_config
@@ -17,12 +18,11 @@ from quernel.nn._mixer import Mixer
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
         from quernel.nn.attention.softmax import SoftmaxAttention
 
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return ChannelsFirst(SoftmaxAttention(8, 2))
+        return ChannelsFirst(SoftmaxAttention(8, 2))
 
     return {"make": make, "input": lambda generator: (torch.randn(2, 8, 3, 5, generator=generator),)}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_type
 from quernel.nn._described import layer_config, layer_from_config
@@ -19,12 +20,11 @@ from quernel.nn._mixer import Mixer
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
         from quernel.nn.attention.softmax import SoftmaxAttention
 
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return EncoderMixer(SoftmaxAttention(16, 2))
+        return EncoderMixer(SoftmaxAttention(16, 2))
 
     def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
         mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])

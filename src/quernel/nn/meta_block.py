@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._module_tree import changed_modules, signature, swap_modules
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.nn._described import layer_config, layer_from_config
@@ -25,12 +26,11 @@ STYLES = ("metaformer", "metanext", "lsnet")
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
         from quernel.nn.attention.softmax import SoftmaxAttention
 
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return MetaBlock(SoftmaxAttention(8, 2), ls_init=0.5)
+        return MetaBlock(SoftmaxAttention(8, 2), ls_init=0.5)
 
     return {
         "make": make,

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel.nn.attention.shift_add import BinaryLinearAttention
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            attention = nn.MultiheadAttention(8, 2, batch_first=True)
-            return BinaryMultiheadAttention.from_attention(attention, conv_kernel=3)
+        attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        return BinaryMultiheadAttention.from_attention(attention, conv_kernel=3)
 
     return {"make": make, "input": lambda generator: (torch.randn(3, 5, 8, generator=generator),)}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_float, check_int
 from quernel.nn._mixer import Mixer
@@ -28,24 +29,15 @@ from quernel.nn.functional.neighborhood import na1d, na2d, na3d
 FAR, MOST = -1e20, 1e4
 
 
-def _made(cls: type[_NeighborhoodAttention], *arguments: Any, **options: Any) -> Any:
-    def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return cls(*arguments, **options)
-
-    return make
-
-
 def _example_1d() -> dict[str, Any]:
-    make = _made(NeighborhoodAttention1d, 16, 2, 3, dilation=2, is_causal=True)
+    make = seeded(lambda: NeighborhoodAttention1d(16, 2, 3, dilation=2, is_causal=True))
     return {"make": make, "input": lambda generator: (torch.randn(3, 9, 16, generator=generator),)}
 
 
 # Windows of grids move inward at the last token that is there, masked or not.
 def _example_2d() -> dict[str, Any]:
     return {
-        "make": _made(NeighborhoodAttention2d, 16, 2, 3),
+        "make": seeded(lambda: NeighborhoodAttention2d(16, 2, 3)),
         "input": lambda generator: (torch.randn(2, 5, 6, 16, generator=generator),),
         "shapes": {2: [(3, 3), (5, 7), (3, 16), (8, 8)]},
         "masks": False,
@@ -54,7 +46,7 @@ def _example_2d() -> dict[str, Any]:
 
 def _example_3d() -> dict[str, Any]:
     return {
-        "make": _made(NeighborhoodAttention3d, 8, 2, (2, 3, 3), stride=(1, 2, 1)),
+        "make": seeded(lambda: NeighborhoodAttention3d(8, 2, (2, 3, 3), stride=(1, 2, 1))),
         "input": lambda generator: (torch.randn(2, 3, 5, 4, 8, generator=generator),),
         "shapes": {3: [(2, 3, 3), (3, 3, 5)]},
         "masks": False,
@@ -169,12 +161,11 @@ class NeighborhoodAttention1d(_NeighborhoodAttention):
     ) -> tuple[Tensor, Tensor]:
         """Return empty keys and values, (B, 0, heads, D) each."""
         self._check_recurrent()
-        device = self.qkv.weight.device if device is None else device
-        empty = torch.empty(batch, 0, self.num_heads, self.dim // self.num_heads, device=device, dtype=dtype)
+        device, size = self._state_device(device), self.dim // self.num_heads
+        empty = torch.empty(batch, 0, self.num_heads, size, device=device, dtype=dtype)
         return empty, empty
 
     def _continue(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # (B, T, C)
-        self._check_recurrent()
         if len(state[0]) != len(x):
             raise QuernelError(f"state must be of the {len(x)} streams of x; got one of {len(state[0])}")
         q, k, v = self._heads(x)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.nn._mixer import Mixer
@@ -129,21 +130,17 @@ class GatedAttention(Mixer):
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return NormAwareLinearAttention(
-                16, 2, causal=True, rope="1d", lepe=3, decay=0.9, norm_scale="learn", chunk=4
-            )
+        return NormAwareLinearAttention(16, 2, causal=True, rope="1d", lepe=3, decay=0.9, norm_scale="learn", chunk=4)
 
     return {"make": make, "input": lambda generator: (torch.randn(3, 9, 16, generator=generator),)}
 
 
 def _softmax_example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return GatedSoftmaxAttention(16, 2, rope="2d")
+        return GatedSoftmaxAttention(16, 2, rope="2d")
 
     return {"make": make, "input": lambda generator: (torch.randn(2, 4, 5, 16, generator=generator),)}
 
@@ -249,7 +246,7 @@ class NormAwareLinearAttention(GatedAttention):
         """Return the state before the first token."""
         self._check_recurrent()
         like = self.project.weight
-        device, size = like.device if device is None else device, self.dim // self.heads
+        device, size = self._state_device(device), self.dim // self.heads
         wide = torch.promote_types(like.dtype if dtype is None else dtype, torch.float32)
         sums = LinearAttentionState.empty(batch, self.heads, 2 * size, size, device=device, dtype=wide)
         recent = torch.zeros(batch, (self.lepe or 1) - 1, self.dim, device=device, dtype=dtype or like.dtype)
@@ -260,7 +257,6 @@ class NormAwareLinearAttention(GatedAttention):
         return out
 
     def _continue(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        self._check_recurrent()
         check_type("state", state, NormAwareState)
         q, k, v, gate = self._projected(x)
         rope = self._turns(x.shape[1:2], x, state.position)

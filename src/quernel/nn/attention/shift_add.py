@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.nn._binary_attention_kernels import EPS
@@ -29,10 +30,9 @@ MOMENTUM = 0.1
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return BinaryLinearAttention(16, 2, conv_kernel=3)
+        return BinaryLinearAttention(16, 2, conv_kernel=3)
 
     return {"make": make, "input": lambda generator: (torch.randn(3, 6, 16, generator=generator),)}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int
 from quernel.kernels.gaussian import gaussian_kernel
@@ -22,22 +23,20 @@ from quernel.nn.functional.nystrom import INVERSES, NORMS, Inverse, Norm, nystro
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            mixer = SoftmaxFreeAttention(8, 2, ratio=2)
-            # Fresh landmarks are so far from everything that only the convolution would be seen.
-            mixer.query.weight.data.mul_(0.3)
-            return mixer
+        mixer = SoftmaxFreeAttention(8, 2, ratio=2)
+        # Fresh landmarks are so far from everything that only the convolution would be seen.
+        mixer.query.weight.data.mul_(0.3)
+        return mixer
 
     return {"make": make, "input": lambda generator: (torch.randn(2, 5, 6, 8, generator=generator),)}
 
 
 def _exact_example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return GaussianAttention(8, 2)
+        return GaussianAttention(8, 2)
 
     return {"make": make, "input": lambda generator: (torch.randn(2, 6, 8, generator=generator),)}
 

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_int
 from quernel.nn._mixer import Mixer
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return SoftmaxAttention(16, 2, causal=True)
+        return SoftmaxAttention(16, 2, causal=True)
 
     return {"make": make, "input": lambda generator: (torch.randn(3, 6, 16, generator=generator),)}
 
@@ -78,10 +78,14 @@ class SoftmaxAttention(Mixer):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return empty keys and values, (B, heads, 0, D) each."""
+        self._check_recurrent()
+        device, size = self._state_device(device), self.dim // self.num_heads
+        empty = torch.empty(batch, self.num_heads, 0, size, device=device, dtype=dtype)
+        return empty, empty
+
+    def _check_recurrent(self) -> None:
         if not self.causal:
             raise QuernelError("SoftmaxAttention has a recurrent form only with causal=True")
-        empty = torch.empty(batch, self.num_heads, 0, self.dim // self.num_heads, device=device, dtype=dtype)
-        return empty, empty
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:  # (B, N, C) -> three (B, H, N, D)
         parts: Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

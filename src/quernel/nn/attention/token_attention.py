@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_int, check_type
 from quernel.nn.attention.pair_connect import masked, whole
@@ -22,11 +23,10 @@ from quernel.nn.weights.dense import DTYPES
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> TokenAttention:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            attention = nn.MultiheadAttention(8, 2, batch_first=True)
-            return TokenAttention(nn.Embedding(12, 8), attention, rel_bias=torch.randn(2, 3))
+        attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        return TokenAttention(nn.Embedding(12, 8), attention, rel_bias=torch.randn(2, 3))
 
     return {"make": make, "input": lambda generator: (torch.randint(0, 12, (3, 6), generator=generator),)}
 

@@ -80,10 +80,7 @@ class GlobalConv(Mixer):
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return the kernels without weight decay, which would end them, at no more than 1e-3; and the rest."""
-        kernels = self.kernel_parameters()
-        taken = {id(p) for p in kernels}
-        rest = [p for p in self.parameters() if id(p) not in taken]
-        return [{"params": kernels, "lr": min(lr, KERNEL_RATE), "weight_decay": 0.0}, {"params": rest, "lr": lr}]
+        return kernel_groups(self, self.kernel_parameters(), lr)
 
     def _mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
         u = x.flatten(1, -2).transpose(1, 2)  # (B, C, N), channels last in memory
@@ -131,10 +128,13 @@ class GlobalConv(Mixer):
         state
             The last inputs, (B, C, 0 .. l_max - 1), or an ``OnlineState``.
         """
+        self._check_recurrent()
+        empty = torch.empty(batch, self.dim, 0, device=self._state_device(device), dtype=dtype)
+        return OnlineState(self.l_max) if online else empty
+
+    def _check_recurrent(self) -> None:
         if not self.causal:
             raise QuernelError(f"{type(self).__name__} has a recurrent form only with bidirectional=False")
-        empty = torch.empty(batch, self.dim, 0, device=device, dtype=dtype)
-        return OnlineState(self.l_max) if online else empty
 
     def _continue(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # (B, T, C)
         u = x.transpose(1, 2)
@@ -143,6 +143,13 @@ class GlobalConv(Mixer):
             return self._finished(state.advance(u, taps)), state
         y, state = windowed(u, state, taps)
         return self._finished(y), state
+
+
+def kernel_groups(module: nn.Module, kernels: list[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """Return groups: kernels at no more than 1e-3 and without weight decay, the module's other parameters at ``lr``."""
+    taken = {id(p) for p in kernels}
+    rest = [p for p in module.parameters() if id(p) not in taken]
+    return [{"params": kernels, "lr": min(lr, KERNEL_RATE), "weight_decay": 0.0}, {"params": rest, "lr": lr}]
 
 
 def global_flops(batch: int, tokens: int, channels: int, heads: int) -> int:

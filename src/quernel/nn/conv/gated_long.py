@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel.nn._mixer import Mixer
-from quernel.nn.conv._global import KERNEL_RATE, global_flops
+from quernel.nn.conv._global import global_flops, kernel_groups
 from quernel.nn.conv._online import Taps, windowed
 from quernel.nn.conv._spectra import KernelCache
 from quernel.nn.conv.long_kernel import LongKernel
@@ -24,10 +25,9 @@ from quernel.nn.functional.fft_convolution import fft_conv, kernel_spectrum
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return H3Conv(6, 40, kernel_dropout=0.0)
+        return H3Conv(6, 40, kernel_dropout=0.0)
 
     return {"make": make, "input": lambda generator: (torch.randn(3, 11, 6, generator=generator),)}
 
@@ -101,16 +101,13 @@ class H3Conv(Mixer):
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return the kernels without weight decay at no more than 1e-3, and the rest."""
-        kernels = list(self.filters.parameters())
-        taken = {id(p) for p in kernels}
-        rest = [p for p in self.parameters() if id(p) not in taken]
-        return [{"params": kernels, "lr": min(lr, KERNEL_RATE), "weight_decay": 0.0}, {"params": rest, "lr": lr}]
+        return kernel_groups(self, list(self.filters.parameters()), lr)
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the windows of keys and of gated values before the first token, (B, C, 0) each."""
-        empty = torch.empty(batch, self.dim, 0, device=device, dtype=dtype)
+        empty = torch.empty(batch, self.dim, 0, device=self._state_device(device), dtype=dtype)
         return empty, empty
 
     def _mix(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_choice, check_int
 from quernel.nn._mixer import Mixer, widened
@@ -27,23 +28,13 @@ CONTEXTS, MODES, STATS = ("sample", "batch", "none"), ("matmul", "hadamard"), ("
 EPS = 1e-5
 
 
-def _seeded(make: Any) -> Any:
-    def made() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            module: nn.Module = make()
-            return module
-
-    return made
-
-
 def _global_example() -> dict[str, Any]:
-    make = _seeded(lambda: HyperZZWGlobal(6, 5, hidden=8))
+    make = seeded(lambda: HyperZZWGlobal(6, 5, hidden=8))
     return {"make": make, "input": lambda generator: (torch.randn(2, 5, 5, 6, generator=generator),)}
 
 
 def _local_example() -> dict[str, Any]:
-    make = _seeded(lambda: HyperZZWLocal(6, 3, hidden=8))
+    make = seeded(lambda: HyperZZWLocal(6, 3, hidden=8))
     return {
         "make": make,
         "input": lambda generator: (torch.randn(3, 5, 6, 6, generator=generator),),

@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import all_finite, check_float, check_int, check_type
 from quernel.nn._mixer import Mixer
@@ -28,12 +29,11 @@ CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 def _example(cls_name: str, *shape: int) -> Any:
     def example() -> dict[str, Any]:
+        @seeded
         def make() -> nn.Module:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)
-                cls = {"1d": InceptionDWConv1d, "2d": InceptionDWConv2d, "3d": InceptionDWConv3d}[cls_name]
-                mixer: nn.Module = cls(8, 3, 5, branch_ratio=0.2)
-                return mixer
+            cls = {"1d": InceptionDWConv1d, "2d": InceptionDWConv2d, "3d": InceptionDWConv3d}[cls_name]
+            mixer: nn.Module = cls(8, 3, 5, branch_ratio=0.2)
+            return mixer
 
         return {"make": make, "input": lambda generator: (torch.randn(2, *shape, 8, generator=generator),)}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_int
 from quernel.nn._mixer import Mixer
@@ -26,10 +27,9 @@ from quernel.nn.functional.small_kernel_aggregation import ska
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return LSConv(16, large=5, group_size=4)
+        return LSConv(16, large=5, group_size=4)
 
     return {"make": make, "input": lambda generator: (torch.randn(2, 5, 6, 16, generator=generator),)}
 

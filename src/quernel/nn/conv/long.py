@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_choice
 from quernel.nn._fft_conv_op import circle_of
@@ -23,18 +24,8 @@ from quernel.nn.functional.butterfly import monarch_conv
 BUTTERFLIES, NORMS = (None, "monarch", "learned"), ("layer", "batch")
 
 
-def _seeded(make: Any) -> Any:
-    def made() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            module: nn.Module = make()
-            return module
-
-    return made
-
-
 def _example() -> dict[str, Any]:
-    make = _seeded(lambda: LongConv(6, 40, heads=2, kernel_dropout=0.0))
+    make = seeded(lambda: LongConv(6, 40, heads=2, kernel_dropout=0.0))
     return {"make": make, "input": lambda generator: (torch.randn(3, 11, 6, generator=generator),)}
 
 
@@ -150,7 +141,7 @@ def circle_size(l_max: int) -> int:
 
 
 def _block_example() -> dict[str, Any]:
-    make = _seeded(lambda: LongConvBlock(6, 40, kernel_dropout=0.0))
+    make = seeded(lambda: LongConvBlock(6, 40, kernel_dropout=0.0))
     return {"make": make, "input": lambda generator: (torch.randn(3, 11, 6, generator=generator),)}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int
 from quernel.nn.conv._global import GlobalConv
@@ -193,10 +194,9 @@ def _checked_decay(decay: Any) -> tuple[float, float]:
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return SGConv(6, 80, heads=2, kernel_dim=5)
+        return SGConv(6, 80, heads=2, kernel_dim=5)
 
     return {"make": make, "input": lambda generator: (torch.randn(3, 43, 6, generator=generator),)}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_choice, check_finite, check_int, check_type
 from quernel.nn.functional.shift import ShiftCodes, exponent_range, shift_codes
@@ -23,10 +24,9 @@ from quernel.nn.linear.packed_shift import PackedShiftLinear, shift_weight
 
 
 def _example() -> dict[str, Any]:
+    @seeded
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return ShiftLinear(12, 5)
+        return ShiftLinear(12, 5)
 
     return {"make": make, "input": lambda generator: (torch.randn(4, 12, generator=generator),)}
 
