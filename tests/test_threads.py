@@ -343,3 +343,9 @@ def test_workspaces_of_ended_teams_are_dropped():
         thread.join()
     # Each caller had a worker of its own; libgomp ends them with it, give or take the last ones.
     assert len(_threads._process.team_workspaces) < 8
+
+
+def test_workspaces_are_counted() -> None:
+    before = _threads.workspace_bytes()
+    _threads.workspace("test of counting", 1000, torch.float32)
+    assert _threads.workspace_bytes() == before + 4000

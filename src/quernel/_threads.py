@@ -126,6 +126,12 @@ def workspace(key: str, size: int, dtype: Any, *, zeroed: bool = False) -> Any:
     return tensor[:size]
 
 
+def workspace_bytes() -> int:
+    """Return the bytes that the workspaces of this thread and of OpenMP's workers hold."""
+    held = [_local.__dict__.get("workspaces", {}), *_process.team_workspaces.values()]
+    return sum(tensor.nbytes for each in held for tensor in each.values())
+
+
 def _team_workspaces() -> dict[tuple[str, Any], torch.Tensor]:
     """Return the workspaces of this OpenMP worker; those of workers that have ended are dropped."""
     mine, held = threading.get_native_id(), _process.team_workspaces

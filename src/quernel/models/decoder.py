@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quernel._errors import QuernelError
+from quernel._errors import MissingExtraError, QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int
 from quernel.models._tokenizers import ByteTokenizer, PieceTokenizer
@@ -121,8 +121,8 @@ class TinyLM(nn.Module):
 
     Notes
     -----
-    ``lm_head`` is an ``nn.Linear`` that shares the embedding's parameter. No key-value cache yet:
-    ``generate`` runs the whole context for each new token.
+    ``lm_head`` is an ``nn.Linear`` that shares the embedding's parameter. ``generate`` runs the whole context for each
+    new token; ``to_transformers()`` has caches.
 
     Examples
     --------
@@ -250,6 +250,20 @@ class TinyLM(nn.Module):
             following = self(input_ids[:, -self.context :])[:, -1].argmax(-1, keepdim=True)
             input_ids = torch.cat((input_ids, following), dim=1)
         return input_ids
+
+    def to_transformers(self) -> Any:
+        """Return a ``LlamaForCausalLM`` that shares the weights: for caches, beams and all else of ``generate``.
+
+        Raises
+        ------
+        MissingExtraError
+            Without transformers (extra ``hf``).
+        """
+        try:
+            from quernel.models._llama import as_llama
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("TinyLM.to_transformers", "hf") from error
+        return as_llama(self)
 
     def _tokenizer(self) -> ByteTokenizer | PieceTokenizer:
         return ByteTokenizer() if self._config["tokenizer"] == "bytes" else PieceTokenizer.llama2c_512()

@@ -1,8 +1,8 @@
 """Public conformance suites: what a class promises by being registered under a contract.
 
 ``check_module(cls)``, ``check_mixer(cls)``, ``check_weight(cls)``, ``check_method(cls)``, ``check_estimator(cls)``,
-``check_index(cls)`` and ``check_sketch(cls)`` run every check of a contract and raise ``ConformanceError`` at the first
-that fails; ``checks_for(contract)`` lists them for tests.
+``check_index(cls)``, ``check_sketch(cls)`` and ``check_cache(cls)`` run every check of a contract and raise
+``ConformanceError`` at the first that fails; ``checks_for(contract)`` lists them for tests.
 """
 
 from quernel._lazy import attach
@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "ConformanceError": "._suite",
+        "check_cache": ".caches",
         "check_estimator": ".estimators",
         "check_index": ".indexes",
         "check_method": ".methods",

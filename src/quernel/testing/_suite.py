@@ -15,6 +15,7 @@ from quernel._errors import QuernelError
 Check = Callable[[type], None]
 
 SUITES = {
+    "cache": ".caches",
     "estimator": ".estimators",
     "index": ".indexes",
     "method": ".methods",

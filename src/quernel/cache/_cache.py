@@ -1,0 +1,143 @@
+"""``Cache``: layers for every block of a model, budgets in tokens or bytes, and a report of what is stored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache as TransformersCache
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from quernel._errors import QuernelError
+from quernel._validate import check_int
+from quernel.cache._layer import CacheLayer, CacheRow
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache holds now.
+
+    Parameters
+    ----------
+    tokens : int
+        Tokens that have passed, all sequences together, padding left out where it is not stored.
+    bytes_stored : int
+        Bytes of all layers and sequences, whatever they lie in.
+    bytes_resident : int
+        Those of them in memory.
+    bytes_dense : int
+        What the plain cache would hold for the same tokens.
+    details : mapping
+        Figures of the method by name.
+    """
+
+    tokens: int
+    bytes_stored: int
+    bytes_resident: int
+    bytes_dense: int
+    details: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Bytes stored as a share of the plain cache's; NaN while nothing is held."""
+        return self.bytes_stored / self.bytes_dense if self.bytes_dense else float("nan")
+
+
+class Cache(TransformersCache, ABC):
+    """Base of the caches: a subclass makes rows and says what they report.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        Of the model; all of its layers must attend to the full context.
+
+    Raises
+    ------
+    QuernelError
+        If a layer of the model attends to a sliding window or keeps another state.
+    """
+
+    layers: list[CacheLayer]
+
+    def __init__(self, config: Any) -> None:
+        try:
+            decoder = config.get_text_config(decoder=True)
+        except AttributeError as error:
+            raise QuernelError(
+                f"config must be that of a model of transformers; got {type(config).__name__}"
+            ) from error
+        kinds = set(get_layer_types_and_kwargs(decoder)[0])
+        if kinds != {"full_attention"}:
+            raise QuernelError(
+                f"the layers of this model are {', '.join(sorted(kinds))}; Quernel's caches are for full attention in "
+                "every layer. Use a cache of transformers"
+            )
+        self.config = decoder
+        super().__init__(layers=[CacheLayer(self._make_row) for _ in range(decoder.num_hidden_layers)])
+
+    @abstractmethod
+    def _make_row(self, keys: Tensor, values: Tensor) -> CacheRow:
+        """Return an empty row for keys and values like these, (Hk, n, d) each."""
+
+    def _details(self, rows: list[CacheRow]) -> Mapping[str, float]:
+        """Return figures of the method by name."""
+        return {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored, all layers and sequences together."""
+        return sum(row.nbytes for layer in self.layers for row in layer.rows)
+
+    def report(self) -> CacheReport:
+        """Say what is held now."""
+        rows = [row for layer in self.layers for row in layer.rows]
+        held = [(layer.get_seq_length(), layer) for layer in self.layers if layer.rows]
+        return CacheReport(
+            tokens=max((length for length, _ in held), default=0) * self._sequences(),
+            bytes_stored=self.nbytes,
+            bytes_resident=sum(getattr(row, "resident_nbytes", row.nbytes) for row in rows),
+            bytes_dense=sum(length * len(layer.rows) * layer.dense_bytes_a_token for length, layer in held),
+            details=self._details(rows),
+        )
+
+    def _sequences(self) -> int:
+        return len(self.layers[0].rows)
+
+
+def tokens_in(config: Any, budget: int | None, budget_bytes: int | None, dtype: torch.dtype | None = None) -> int:
+    """Return a budget in tokens a sequence, given in tokens or in bytes of all layers of one sequence.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+    budget : int, optional
+    budget_bytes : int, optional
+        Bytes of keys and values of one sequence, all layers together.
+    dtype : torch.dtype, optional
+        In which they are stored; default that of the config, else float32.
+
+    Raises
+    ------
+    QuernelError
+        If not exactly one is given, or the bytes hold no token.
+    """
+    if (budget is None) == (budget_bytes is None):
+        raise QuernelError(f"give budget (tokens) or budget_bytes, not both; got {budget!r} and {budget_bytes!r}")
+    if budget is not None:
+        return check_int("budget", budget, low=1)
+    one = bytes_a_token(config, dtype)
+    check_int("budget_bytes", budget_bytes, low=one)
+    return int(budget_bytes or 0) // one
+
+
+def bytes_a_token(config: Any, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of one token's keys and values in the plain cache, all layers together."""
+    decoder = config.get_text_config(decoder=True)
+    heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
+    dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+    chosen = dtype or getattr(decoder, "dtype", None) or torch.float32
+    return int(2 * heads * dim * decoder.num_hidden_layers * torch.empty((), dtype=chosen).element_size())

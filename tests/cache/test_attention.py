@@ -1,0 +1,115 @@
+"""The attention block: other caches and no cache pass through it, and what cannot be computed is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from quernel._errors import QuernelError
+from quernel.cache import WindowCache, attention
+from quernel.models import TinyLM
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "attn_implementation": "sdpa",
+}
+IDS = torch.arange(1, 11)[None]
+
+
+def llama(**more: Any) -> Any:
+    return LlamaForCausalLM(LlamaConfig(**(SMALL | more))).eval()
+
+
+def test_other_caches_and_none_pass_through() -> None:
+    model = llama()
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        with attention(model):
+            assert torch.equal(model(IDS).logits, wanted)
+            assert torch.equal(model(IDS, past_key_values=DynamicCache(config=model.config)).logits, wanted)
+            plain = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    assert torch.equal(plain, model.generate(IDS, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=16)),
+        (GPTNeoXForCausalLM, GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"})),
+    ],
+)
+def test_other_families(kind: type, config: Any) -> None:
+    model = kind(config).eval()
+    wanted = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    with attention(model):
+        cache = WindowCache(config, budget=64)
+        assert torch.equal(model.generate(IDS, past_key_values=cache, max_new_tokens=5, do_sample=False), wanted)
+
+
+def test_what_is_not_computed_is_refused() -> None:
+    config = Gemma2Config(
+        **(SMALL | {"attn_implementation": "eager"}),
+        head_dim=8,
+        layer_types=["full_attention"] * 2,
+        attn_logit_softcapping=50.0,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    with attention(model), pytest.raises(QuernelError, match="softcap"):
+        model(IDS, past_key_values=WindowCache(config, budget=64))
+    trained = llama(attention_dropout=0.1).train()
+    with attention(trained), pytest.raises(QuernelError, match="dropout"):
+        trained(IDS, past_key_values=WindowCache(trained.config, budget=64))
+
+
+def test_a_module_of_torch_is_refused() -> None:
+    with pytest.raises(QuernelError, match="transformers"), attention(torch.nn.Linear(2, 2)):
+        pass
+
+
+def test_blocks_nest_and_models_keep_their_own() -> None:
+    model, eager = llama(), llama(attn_implementation="eager")
+    with attention(model), attention(model):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+    with attention(eager):
+        pass
+    assert eager.config._attn_implementation == "eager"
+
+
+def test_prompt_lookup_decoding_is_refused_with_a_reason() -> None:
+    model = llama()
+    ids = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2]])
+    with attention(model), pytest.raises((QuernelError, ValueError), match=r"prompt-lookup|crop|not support"):
+        model.generate(
+            ids, past_key_values=WindowCache(model.config, budget=64), max_new_tokens=8, prompt_lookup_num_tokens=3
+        )
+
+
+def test_a_tiny_lm_of_ours_runs_in_transformers() -> None:
+    ours = TinyLM(vocab_size=40, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48).eval()
+    theirs = ours.to_transformers()
+    ids = torch.randint(0, 40, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-4, atol=1e-5)
+    assert torch.equal(theirs.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0), ours.generate(ids, 6))
+    assert theirs.get_input_embeddings().weight is ours.embed_tokens.weight
