@@ -124,6 +124,23 @@ def mixers() -> str:
     return "\n".join([*parts, _table(["ms at", *(f"{n:,} tokens" for n in tokens)], rows)])
 
 
+def conversions() -> str:
+    """Existing networks with other mixers: score before, right after and after training further, time and size."""
+    file = ROOT / "benchmarks" / "conversions.json"
+    if not file.is_file():
+        return "Not measured yet.\n"
+    rows = []
+    for row in json.loads(file.read_text(encoding="utf-8"))["rows"].values():
+        scores = [_number(row[key]) for key in ("before", "between", "after")]
+        cost = [
+            f"{_number(row[f'{key}_before'])} to {_number(row[f'{key}_after'])}" if row[f"{key}_before"] else ""
+            for key in ("ms", "flops", "bytes")
+        ]
+        rows.append([row["network"], f"{row['layers']} times {row['change']}", row["measured_on"], *scores, *cost])
+    head = ["network", "change", "measured on", "before", "converted", "trained further", "ms", "operations", "bytes"]
+    return _table(head, rows)
+
+
 def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether ``one`` is no worse in bytes and metric, and better in one of them."""
     pairs = [(-one["bytes"], -other["bytes"]), (one["metric"], other["metric"])]
@@ -137,6 +154,7 @@ SECTIONS: dict[str, Callable[..., str]] = {
     "all-claims": all_claims,
     "benchmarks": benchmarks,
     "all-benchmarks": all_benchmarks,
+    "conversions": conversions,
     "fronts": fronts,
     "mixer-names": mixer_names,
     "mixers": mixers,

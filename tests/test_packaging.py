@@ -14,7 +14,23 @@ import pytest
 import quernel
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"cli", "hf", "onnx", "viz", "data", "gpu", "fed", "ray", "dp", "quantum", "robotics", "peers", "dev", "all"}
+EXTRAS = {
+    "cli",
+    "hf",
+    "onnx",
+    "viz",
+    "data",
+    "gpu",
+    "fed",
+    "ray",
+    "dp",
+    "quantum",
+    "robotics",
+    "serve",
+    "peers",
+    "dev",
+    "all",
+}
 REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[a-z,]+\])?(.*)$")
 
 

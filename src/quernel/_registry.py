@@ -21,6 +21,7 @@ Registered = TypeVar("Registered", bound=type)
 
 CONTRACTS = (
     "module", "mixer", "weight", "method", "model", "estimator", "index", "sketch", "cache", "trainer", "diagnostic",
+    "application",
 )  # fmt: skip
 STATUSES = ("stable", "experimental")
 

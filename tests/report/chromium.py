@@ -65,14 +65,14 @@ class Chromium:
                 return answer["result"]
             self.events.append(answer)
 
-    def open(self, file: Path, *, width: int, height: int, dark: bool = False) -> None:
-        """Load a file at a viewport size (CSS pixels) and in a colour scheme."""
+    def open(self, page: Path | str, *, width: int, height: int, dark: bool = False) -> None:
+        """Load a file or an address at a viewport size (CSS pixels) and in a colour scheme."""
         mobile = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self.call("Page.navigate", url=file.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive())
 

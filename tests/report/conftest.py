@@ -18,10 +18,6 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 EVIL = "<script>window.pwned = 1</script>\"'&|`"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "browser: drives a real Chromium; skipped where there is none")
-
-
 @pytest.fixture(scope="session")
 def report() -> Report:
     """A search over an encoder, with every field filled and hostile names."""

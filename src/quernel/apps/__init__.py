@@ -5,6 +5,7 @@ from quernel._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "text_index": ".text_index",
         "wave_surrogate": ".wave_surrogate",
     },
 )

@@ -1,4 +1,4 @@
-"""``quernel index build | add | search | info``: indexes in folders, from files of vectors or of sets."""
+"""``quernel index build | add | search | remove | serve | info``: indexes in folders, of vectors, sets or texts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ import typer
 
 from quernel._errors import QuernelError
 from quernel._validate import check_choice
+from quernel.cli._index_text import (
+    add_texts,
+    build_texts,
+    is_text_index,
+    remove_text,
+    search_texts,
+    serve_texts,
+    show_texts,
+)
 from quernel.cli._output import Json, console, emit, note, progress_bar, table
 
 if TYPE_CHECKING:
@@ -27,7 +36,10 @@ KINDS = ("flinng", "flat")
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
 File = Annotated[
-    Path, typer.Argument(help="Vectors: .npy, .npz, .safetensors, .csv. Sets: .txt, a line of integers each.")
+    Path,
+    typer.Argument(
+        help="Vectors: .npy, .npz, .safetensors, .csv. Sets: .txt, a line of integers each. Texts: a folder of them."
+    ),
 ]
 Rerank = Annotated[int, typer.Option(help="Score so many candidates exactly (flinng, kept vectors).")]
 
@@ -38,7 +50,10 @@ app = typer.Typer(help="Build, fill and search indexes.", rich_markup_mode=None)
 def build(
     path: File,
     out: Annotated[Path, typer.Option(help="Folder for the index.")],
-    kind: Annotated[str, typer.Option(help="flinng: near-duplicates, fast. flat: exact.")] = "flinng",
+    kind: Annotated[
+        str | None,
+        typer.Option(help="flinng: near-duplicates, fast (default for vectors). flat: exact (default for texts)."),
+    ] = None,
     metric: Annotated[
         str | None, typer.Option(help="cosine, l2, ip (flat only) or jaccard. Default: cosine; jaccard for sets.")
     ] = None,
@@ -55,17 +70,22 @@ def build(
     report: Annotated[Path | None, typer.Option(help="FILE.html: recall and speed, measured.")] = None,
     json: Json = False,
 ) -> None:
-    """Build an index of a file and save it."""
+    """Build an index of a file of vectors or sets, or of a folder of texts, and save it."""
     from quernel.cli._index_files import read_items
     from quernel.cli._index_report import check_page_name, write_report
 
-    check_choice("--kind", kind, KINDS)
-    check_page_name(report)
-    if not overwrite:
-        _check_free(out)
-    items = read_items(path)
     chosen = {"n_tables": tables, "bits": bits, "n_rows": rows, "n_groups": groups, "width": width}
     given = {name: value for name, value in chosen.items() if value is not None}
+    if not overwrite:
+        _check_free(out)
+    if path.is_dir():
+        if given or keep_vectors or suggest or metric or report:
+            raise QuernelError(f"{path} is a folder of texts: --kind is all there is to choose; leave the others out")
+        build_texts(path, out, kind, overwrite=overwrite, as_json=json)
+        return
+    kind = check_choice("--kind", kind or "flinng", KINDS)
+    check_page_name(report)
+    items = read_items(path)
     index = _empty(kind, _metric(items, metric), items, given, seed, keep_vectors, near if suggest else None)
     seconds = _fill(index, items)
     index.save(out)
@@ -78,10 +98,13 @@ def build(
 
 @app.command("add")
 def add(folder: Folder, path: File, json: Json = False) -> None:
-    """Add a file to an index; new items get the next ids."""
+    """Add a file to an index; new items get the next ids. Of texts only what is new or has changed is read."""
     from quernel.cli._index_files import read_items
     from quernel.search import Index
 
+    if is_text_index(folder):
+        add_texts(folder, path, as_json=json)
+        return
     index = Index.load(folder)
     seconds = _fill(index, read_items(path))
     index.save(folder)
@@ -91,17 +114,20 @@ def add(folder: Folder, path: File, json: Json = False) -> None:
 @app.command("search")
 def search(
     folder: Folder,
-    path: File,
+    path: Annotated[str, typer.Argument(help="A file of queries; for an index of texts what you are looking for.")],
     k: Annotated[int, typer.Option("-k", help="Answers a query.")] = 10,
     rerank: Rerank = 0,
     json: Json = False,
 ) -> None:
-    """Search an index for every item of a file."""
+    """Search an index for every item of a file, or for a text."""
     from quernel.cli._index_files import read_items
     from quernel.search import FlinngIndex, Index
 
+    if is_text_index(folder):
+        search_texts(folder, path, k, as_json=json)
+        return
     index = Index.load(folder)
-    queries = read_items(path)
+    queries = read_items(Path(path))
     if rerank and not isinstance(index, FlinngIndex):
         raise QuernelError(f"--rerank is for flinng; {folder} holds a {type(index).__name__}, whose scores are exact")
     options = {"rerank": rerank} if rerank else {}
@@ -115,11 +141,38 @@ def search(
     table(("query", "id (score), closest first"), rows)
 
 
+@app.command("remove")
+def remove(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(help="The file's name in the index, as a search shows it.")],
+    json: Json = False,
+) -> None:
+    """Delete a file from an index of texts."""
+    remove_text(folder, name, as_json=json)
+
+
+@app.command("serve")
+def serve(
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    shards: Annotated[int, typer.Option(help="Spread the vectors over so many workers of Ray.", min=1)] = 1,
+    ray_address: Annotated[str | None, typer.Option(help="Of a Ray cluster; default starts one here.")] = None,
+) -> None:
+    """Open a page to search an index of texts from; it follows what is added and removed."""
+    serve_texts(folder, host, port, shards, ray_address)
+
+
 @app.command("info")
 def info(folder: Folder, json: Json = False) -> None:
     """Say what an index holds."""
     from quernel.search import Index
 
+    if is_text_index(folder):
+        from quernel.apps.text_index import TextIndex
+
+        show_texts(TextIndex.load(folder, mmap=True), as_json=json)
+        return
     _show(Index.load(folder, mmap=True), {}, as_json=json)
 
 
@@ -146,7 +199,7 @@ def _check_free(out: Path) -> None:
 
     if is_quernel_folder(out):
         kind = read_folder(out, check_tensors=False).content.get("kind")
-        if kind == "index":
+        if kind in ("index", "text-index"):
             raise QuernelError(
                 f"--out {out} holds an index already; `quernel index add {out} FILE` adds to it, --overwrite replaces "
                 "it and all that was added to it"

@@ -35,8 +35,9 @@ _WEIGHT_DECAY, _CLIP = 0.1, 1.0
 _SHORTEST = 16
 
 
-def recipe(steps: int = STEPS, text: str = "plain") -> dict[str, Any]:
+def recipe(steps: int | None = None, text: str = "plain") -> dict[str, Any]:
     """Return everything that decides the weights; its digest names the cache folder."""
+    steps = (STEPS if text == "plain" else REPEATED_STEPS) if steps is None else steps
     more = {} if text == "plain" else {"text": text, "from": recipe(), "shortest": _SHORTEST}
     return more | {
         "version": 1,
@@ -80,15 +81,13 @@ def tiny_lm(*, text: str = "plain", steps: int | None = None, progress: Progress
     No global generator is touched. Weights differ in the last bits between processors and thread counts.
     """
     check_choice("text", text, TEXTS)
-    usual = STEPS if text == "plain" else REPEATED_STEPS
-    chosen = recipe(usual if steps is None else check_int("steps", steps, low=1), text)
+    chosen = recipe(None if steps is None else check_int("steps", steps, low=1), text)
     return cast(TinyLM, trained(_folder(text), chosen, lambda: _train(chosen, progress)))
 
 
 def tiny_lm_measured(*, text: str = "plain", steps: int | None = None) -> dict[str, float]:
     """Return what was measured when the cached model was trained: losses in nats a character, and seconds."""
-    usual = STEPS if text == "plain" else REPEATED_STEPS
-    return measured(_folder(text), recipe(usual if steps is None else steps, text))
+    return measured(_folder(text), recipe(steps, text))
 
 
 def repeated(passages: Tensor, length: int) -> Tensor:

@@ -37,6 +37,12 @@ class KeptVectors:
         """Keep rows for the next slots."""
         self._vectors.append(self._prepared(rows))
 
+    @property
+    def rows(self) -> NDArray[np.float32]:
+        """The vectors by slot, a view."""
+        held: NDArray[np.float32] = self._vectors.rows
+        return held
+
     def keep(self, alive: NDArray[np.bool_]) -> None:
         """Drop the others; slots are numbered again."""
         self._vectors = GrowingArray(self._vectors.rows[alive])

@@ -279,6 +279,13 @@ class FlinngIndex(Index):
         cells = decided if len(decided) else np.zeros(ids.shape, np.int64)
         return Ranking(scores, ids, *np.divmod(cells, self._tests.n_groups))
 
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """The kept vectors by slot, deleted ones included; needs ``keep_vectors=True``."""
+        if not isinstance(self._kept, KeptVectors):
+            raise QuernelError("vectors needs vectors that are kept; build the index with keep_vectors=True")
+        return self._kept.rows
+
     def compact(self) -> Self:
         """Drop deleted items for good; the rest is as if it had been added to an empty index in the same order."""
         alive = self._ids.alive

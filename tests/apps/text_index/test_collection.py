@@ -1,0 +1,193 @@
+"""A text index: what is found, what is replaced and removed, what a save holds, and what a kill leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import quernel
+from quernel._errors import DataError, FormatError, QuernelError
+from quernel.apps.text_index import KINDS, TextIndex
+from quernel.testing._modules_shared import FORGED_FIELDS, damages
+from tests.apps.text_index.conftest import DIM, TEXTS, WordCounter, write
+
+
+def built(kind: str, texts: Path, encoder: WordCounter) -> TextIndex:
+    index = TextIndex(kind, DIM, encoder)
+    assert index.add_path(texts) == []
+    return index
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"flinng"}))
+def test_the_passage_that_says_it_comes_first(kind: str, texts: Path, encoder: WordCounter) -> None:
+    index = built(kind, texts, encoder)
+    assert index.files == sorted(TEXTS)
+    hits = index.search("Do dogs bark at strangers?", k=2)
+    assert hits[0].file == "animals/dogs.md" and hits[0].line == 1 and "guard the house" in hits[0].text
+    assert hits[0].score >= hits[-1].score
+    assert index.search("Snow falls when it is cold", k=1)[0].file == "weather.txt"
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_passage_finds_itself(kind: str, texts: Path, encoder: WordCounter) -> None:
+    index = built(kind, texts, encoder)
+    for passage in index._passages.values():
+        assert index.search(passage.text, k=1)[0].text == passage.text
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_saved_and_loaded_it_answers_alike(kind: str, texts: Path, encoder: WordCounter, tmp_path: Path) -> None:
+    index = built(kind, texts, encoder)
+    index.remove("weather.txt")
+    path = index.save(tmp_path / "index")
+    for twin in (TextIndex.load(path), TextIndex.load(path, mmap=True), quernel.load(path)):
+        twin.encoder = encoder
+        assert twin.files == index.files and len(twin) == len(index)
+        for query in ("dogs", "cats sleep", "nothing of this"):
+            assert twin.search(query) == index.search(query)
+        twin.add("new.txt", "Whales sing under water.")
+        assert twin.search("Whales sing under water.", k=1)[0].file == "new.txt"
+
+
+def test_only_what_changed_is_encoded_again(texts: Path, encoder: WordCounter) -> None:
+    index = built("flat", texts, encoder)
+    before = encoder.calls
+    assert index.add_path(texts) == [] and encoder.calls == before
+    write(texts, {"weather.txt": "Storms blow from the west.", "empty.txt": " \n"})
+    index.add_path(texts)
+    index.add_path(texts)
+    assert encoder.calls == before + 1, "a file without passages is known too"
+    assert index.search("storms from the west", k=1)[0].text == "Storms blow from the west."
+    assert all("Snow" not in hit.text for hit in index.search("snow falls", k=10))
+
+
+def test_removed_files_are_not_found_and_not_saved(texts: Path, encoder: WordCounter, tmp_path: Path) -> None:
+    index = built("flat", texts, encoder)
+    assert index.remove("animals/cats.txt") >= 1
+    assert all(hit.file != "animals/cats.txt" for hit in index.search("cat hunts mice", k=10))
+    with pytest.raises(QuernelError, match=r"no file 'animals/cats\.txt'"):
+        index.remove("animals/cats.txt")
+    path = index.save(tmp_path / "index")
+    assert b"purrs" not in b"".join(file.read_bytes() for file in path.iterdir())
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_in(texts: Path, encoder: WordCounter) -> None:
+    (texts / "bad.txt").write_bytes(b"\xff\xfe")
+    index = TextIndex("flat", DIM, encoder)
+    assert [("bad.txt" in reason) for reason in index.add_path(texts)] == [True]
+    assert index.files == sorted(TEXTS)
+    with pytest.raises(DataError, match=r"bad\.txt"):
+        index.add_path(texts / "bad.txt")
+
+
+def test_a_refused_batch_changes_nothing(texts: Path, encoder: WordCounter) -> None:
+    index = built("flat", texts, encoder)
+
+    class Broken(WordCounter):
+        def encode(self, sentences: object) -> object:  # type: ignore[override]
+            raise RuntimeError("no memory")
+
+    held = index.search("dogs bark")
+    index.encoder = Broken()
+    with pytest.raises(RuntimeError):
+        index.add("animals/dogs.md", "Other text.")
+    index.encoder = encoder
+    assert index.search("dogs bark") == held and len(index.files) == len(TEXTS)
+
+
+def test_errors_name_the_argument(texts: Path, encoder: WordCounter) -> None:
+    with pytest.raises(QuernelError, match="kind"):
+        TextIndex("other")
+    index = TextIndex("flat", DIM, encoder)
+    assert index.search("anything") == []
+    for query in ("", "  ", 3):
+        with pytest.raises(QuernelError, match="query"):
+            index.search(query)  # type: ignore[arg-type]
+    with pytest.raises(QuernelError, match="k must be"):
+        index.search("x", 0)
+    with pytest.raises(QuernelError, match="batch"):
+        index.add_path(texts, batch=0)
+
+
+def test_damaged_files_are_refused(texts: Path, encoder: WordCounter, tmp_path: Path) -> None:
+    index = built("flat", texts, encoder)
+    path = index.save(tmp_path / "index")
+    wanted = index.search("dogs bark")
+    for change in damages(path, FORGED_FIELDS):
+        twin, reason = _loaded(path)
+        if twin is None:
+            assert str(path) in reason, change
+            continue
+        twin.encoder = encoder
+        assert twin.search("dogs bark") == wanted, change
+
+
+def _loaded(path: Path) -> tuple[TextIndex | None, str]:
+    try:
+        return quernel.load(path), ""
+    except FormatError as error:
+        return None, str(error)
+
+
+def test_spread_over_shards_it_answers_alike(texts: Path, encoder: WordCounter) -> None:
+    index = built("flat", texts, encoder)
+    index.remove("weather.txt")
+    spread = index.spread(2, workers="threads")
+    for query in ("dogs bark", "cats"):
+        found, wanted = spread.search(query, 3), index.search(query, 3)
+        assert [hit.text for hit in found] == [hit.text for hit in wanted]
+        np.testing.assert_allclose([hit.score for hit in found], [hit.score for hit in wanted], rtol=1e-5)
+    spread.close()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from quernel.apps.text_index import TextIndex
+from tests.apps.text_index.conftest import DIM, WordCounter
+
+index = TextIndex("flat", DIM, WordCounter())
+index.add_path(Path(sys.argv[1]), save_to=Path(sys.argv[2]), batch=3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [0.0, 0.02, 0.05, 0.1, 0.2])
+def test_a_kill_leaves_whole_batches(moment: float, tmp_path: Path, encoder: WordCounter) -> None:
+    names = [f"{i:04}.txt" for i in range(600)]
+    texts = write(tmp_path / "texts", {n: f"Text number {n} about topic{n}.\n\n" + "more words " * 200 for n in names})
+    folder = tmp_path / "index"
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(texts), str(folder)],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "config.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it had finished before it was killed"
+    index = TextIndex.load(folder)
+    index.encoder = encoder
+    whole = TextIndex("flat", DIM, encoder)
+    whole.add_path(texts)
+    # A prefix of the files, each with all its passages.
+    assert 0 < len(index.files) < len(names) and index.files == names[: len(index.files)]
+    counts = [sum(1 for i in index._passages if index._file_of[i] == name) for name in index.files]
+    assert counts == [sum(1 for i in whole._passages if whole._file_of[i] == name) for name in index.files]
+    index.add_path(texts, save_to=folder)
+    assert index.files == names
+    query = f"topic{names[-1]}"
+    again = TextIndex.load(folder)
+    again.encoder = encoder
+    assert np.isclose(again.search(query, 1)[0].score, whole.search(query, 1)[0].score)
