@@ -95,6 +95,8 @@ class RaggedVectors:
         self._rows = GrowingArray(np.zeros((0, dim), np.dtype(dtype)))
         self._scales = GrowingArray(np.zeros(0, np.float32))
         self._offsets = GrowingArray(np.zeros(1, np.int64))
+        # The largest length of a vector, and of how many it is.
+        self._longest, self._measured = 0.0, 0
 
     def __len__(self) -> int:
         """Lists held."""
@@ -143,6 +145,20 @@ class RaggedVectors:
         rows: Rows = as_float(self.rows[start:stop]).numpy()
         return rows * self.scales[start:stop, None] if self.dtype == "int8" else rows
 
+    def longest(self) -> float:
+        """Return a bound of the vectors' lengths: the largest of all that were here at once."""
+        for first in range(self._measured, len(self.rows), _BLOCK):
+            part = self.values(first, min(first + _BLOCK, len(self.rows)))
+            self._longest = max(self._longest, float(np.linalg.norm(part, axis=1).max()))
+        self._measured = len(self.rows)
+        # Upwards, past the rounding of the lengths themselves.
+        return self._longest * (1 + 1e-5)
+
+    def blocks(self, rows: int) -> NDArray[np.int64]:
+        """Return numbers of lists that cut them into blocks of about so many vectors, the first 0, the last all."""
+        cuts = np.searchsorted(self.offsets, np.arange(0, self.offsets[-1], rows))
+        return np.unique(np.append(cuts, len(self))).astype(np.int64)
+
     def gathered(self, slots: Slots) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.float32]]:
         """Return offsets, vectors as they are kept, and scales of these lists in this order."""
         sizes = self.offsets[slots + 1] - self.offsets[slots]
@@ -160,6 +176,7 @@ class RaggedVectors:
         """Drop the other lists; the rest is numbered again."""
         offsets, rows, scales = self.gathered(np.flatnonzero(wanted).astype(np.int64))
         self._offsets, self._rows, self._scales = (GrowingArray(array) for array in (offsets, rows, scales))
+        self._measured = min(self._measured, len(rows))
 
     def arrays(self) -> Arrays:
         """Return what a file holds."""

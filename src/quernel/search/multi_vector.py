@@ -27,6 +27,7 @@ from quernel.search._index import Ids, Index, Scores
 from quernel.search._inverted_lists import InvertedLists, build_lists, restored_lists, suitable
 from quernel.search._multi_vector_kernels import add_maxima, clear_votes, vote
 from quernel.search._ragged import VECTOR_TYPES, Ragged, RaggedVectors, VectorType, as_float
+from quernel.search._screening import possible, rough_scores, worth_it
 from quernel.search._top_k import top_k
 
 Mode = Literal["exact", "approximate"]
@@ -40,6 +41,8 @@ _SCORES = 2**24
 # Stored vectors gathered at a time when candidates are scored.
 _GATHERED = 2**11
 _CANDIDATES = 512
+# Screening is given up where it leaves more than this share of the texts.
+_POSSIBLE = 0.125
 
 
 def _texts(n: int, noise: float) -> list[NDArray[np.float32]]:
@@ -191,8 +194,17 @@ class MultiVectorIndex(Index):
         self._store.append(items)
 
     def _search(self, queries: Ragged, k: int) -> tuple[Scores, NDArray[np.int64]]:
-        parts = [top_k(self._scores(queries[a:b]), k, self._ids.alive) for a, b in self._groups(queries)]
+        parts = [self._best(queries[a:b], k) for a, b in self._groups(queries)]
         return np.concatenate([s for s, _ in parts]), np.concatenate([i for _, i in parts])
+
+    def _best(self, queries: Ragged, k: int) -> tuple[Scores, NDArray[np.int64]]:
+        """Return scores and slots of the k best texts, exactly."""
+        alive = self._ids.alive
+        if worth_it(self._store, len(queries.rows)):
+            chosen = possible(self._store, queries, rough_scores(self._store, queries), k, alive)
+            if sum(map(len, chosen)) <= _POSSIBLE * len(queries) * len(alive):
+                return self._best_of(queries, chosen, k)
+        return top_k(self._scores(queries), k, alive)
 
     def _groups(self, queries: Ragged) -> list[tuple[int, int]]:
         """Cut queries into groups of at most so many vectors and scores, at least one query each."""
@@ -209,10 +221,8 @@ class MultiVectorIndex(Index):
         """Return the scores of all texts, (n, slots)."""
         offsets, asked = self._store.offsets, torch.from_numpy(queries.rows).T
         out = np.empty((len(queries), len(self._store)), np.float32)
-        rows = min(_ROWS, max(1, _PRODUCTS // len(queries.rows)))
         # Blocks end where a text ends; the same ones whatever the number of threads.
-        cuts = np.searchsorted(offsets, np.arange(0, offsets[-1], rows))
-        cuts = np.unique(np.append(cuts, len(self._store)))
+        cuts = self._store.blocks(min(_ROWS, max(1, _PRODUCTS // len(queries.rows))))
 
         def work(start: int, stop: int) -> None:
             for a, b in zip(cuts[start:stop], cuts[start + 1 : stop + 1], strict=True):
@@ -230,7 +240,7 @@ class MultiVectorIndex(Index):
         similar = torch.from_numpy(queries.rows[:, :width]) @ readable(lists.centers).T
         best = similar.topk(min(probes, len(lists.centers)), dim=1)
         near, nearest = best.values.numpy(), best.indices.numpy()
-        scores, slots = np.full((len(queries), k), np.nan, np.float32), np.full((len(queries), k), -1, np.int64)
+        chosen = [np.zeros(0, np.int64)] * len(queries)
 
         def work(start: int, stop: int) -> None:
             n = len(self._store)
@@ -240,16 +250,26 @@ class MultiVectorIndex(Index):
             for i in range(start, stop):
                 own = slice(queries.offsets[i], queries.offsets[i + 1])
                 met = vote(nearest[own], near[own], lists.offsets, lists.texts, self._ids.alive, votes, stamps, touched)
-                chosen = touched[:met].copy()
+                found = touched[:met].copy()
                 if met > candidates:
-                    chosen = chosen[np.argpartition(-votes[chosen], candidates)[:candidates]]
+                    found = found[np.argpartition(-votes[found], candidates)[:candidates]]
                 clear_votes(votes, stamps, touched, met)
-                if not met:
-                    continue
-                chosen.sort()
-                found = self._scores_of(torch.from_numpy(queries.rows[own]).T, chosen)
-                scores[i], places = (part[0] for part in top_k(found, k, np.ones(len(chosen), bool)))
-                slots[i] = np.where(places >= 0, chosen[places], -1)
+                chosen[i] = np.sort(found)
+
+        parallel_ranges(work, len(queries))
+        return self._best_of(queries, chosen, k)
+
+    def _best_of(self, queries: Ragged, chosen: list[NDArray[np.int64]], k: int) -> tuple[Scores, NDArray[np.int64]]:
+        """Return scores and slots of the k best of the texts chosen for each query, which ascend."""
+        scores, slots = np.full((len(queries), k), np.nan, np.float32), np.full((len(queries), k), -1, np.int64)
+
+        def work(start: int, stop: int) -> None:
+            for i in range(start, stop):
+                if len(chosen[i]):
+                    own = slice(queries.offsets[i], queries.offsets[i + 1])
+                    found = self._scores_of(torch.from_numpy(queries.rows[own]).T, chosen[i])
+                    scores[i], places = (part[0] for part in top_k(found, k, np.ones(len(chosen[i]), bool)))
+                    slots[i] = np.where(places >= 0, chosen[i][places], -1)
 
         parallel_ranges(work, len(queries))
         return scores, slots
