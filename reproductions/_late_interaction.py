@@ -30,9 +30,9 @@ from quernel.search import MultiVectorIndex
 from quernel.train import CrispLoss
 
 IN, OUT, MAX_TOKENS = 384, 128, 256
-BATCH, BASE_STEPS, STEPS = 24, 300, 200
+BATCH, BASE_STEPS, STEPS = 24, 200, 150
 RATES = (3e-4, 1e-3, 3e-3)
-TUNING_SEED = 99
+TUNING_SEED, TUNING_DOCUMENTS = 99, 3000
 TEMPERATURE = 0.05
 # Texts encoded, projected or pooled together.
 GROUP = 64
@@ -191,6 +191,19 @@ def judged(held: Collection, head: Head, queries: np.ndarray, pool: Pool | None)
     return ndcg(held, built(vectors(head, held.documents, "document", pool)), asked, queries)
 
 
+def fewer(held: Collection, queries: np.ndarray, count: int) -> Collection:
+    """Return the collection with these queries alone, and of its documents all relevant and some other ones."""
+    wanted = np.unique(np.concatenate([held.relevant[q] for q in queries]))
+    others = np.setdiff1d(np.arange(len(held.documents)), wanted)
+    room = max(0, min(len(others), count - len(wanted)))
+    kept = np.sort(np.append(wanted, others[np.arange(room) * len(others) // max(1, room)]))
+    return Collection(
+        [held.documents[i] for i in kept],
+        [held.queries[q] for q in queries],
+        tuple(np.searchsorted(kept, held.relevant[q]) for q in queries),
+    )
+
+
 ARMS: dict[str, Pool | None] = {
     "unpooled": None,
     "C8x32": clusters(8, 32),
@@ -204,17 +217,20 @@ def tuned(name: str) -> dict[str, float]:
     """Return the learning rate of the base and of each arm, by NDCG@10 with its own pooling on held-back queries."""
     held = collection(name)
     queries = split(held, TUNING_SEED)[0]
-    learned, judging = queries[len(queries) // 3 :], queries[: len(queries) // 3]
-    heads = {rate: train(held, learned, TUNING_SEED, rate, BASE_STEPS, None, None) for rate in RATES}
-    found = {"base": max(RATES, key=lambda rate: judged(held, heads[rate], judging, None))}
-    start = heads[found["base"]]
+    learned = queries[len(queries) // 3 :]
+    judging = fewer(held, queries[: len(queries) // 3], TUNING_DOCUMENTS)
+    every = np.arange(len(judging.queries))
+
+    def best(steps: int, pool: Pool | None, start: Head | None) -> tuple[float, Head]:
+        found = {rate: train(held, learned, TUNING_SEED, rate, steps, pool, start) for rate in RATES}
+        rate = max(RATES, key=lambda rate: judged(judging, found[rate], every, pool))
+        return rate, found[rate]
+
+    rates = {}
+    rates["base"], start = best(BASE_STEPS, None, None)
     for arm, pool in ARMS.items():
-        scores = {
-            rate: judged(held, train(held, learned, TUNING_SEED, rate, STEPS, pool, start), judging, pool)
-            for rate in RATES
-        }
-        found[arm] = max(RATES, key=lambda rate: scores[rate])
-    return found
+        rates[arm], _ = best(STEPS, pool, start)
+    return rates
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(multi_vector, "worth_it", lambda store, columns: True)
     monkeypatch.setattr(multi_vector, "possible", noted)
-    monkeypatch.setattr(_screening, "_ROWS", 40)
+    monkeypatch.setattr(_screening, "_ROWS", (40, 40))
     return shares
 
 

@@ -23,7 +23,7 @@ from quernel._validate import check_choice, check_int
 from quernel.hashing._family import as_array
 
 VectorType = Literal["float32", "float16", "int8"]
-VECTOR_TYPES = ("float32", "float16", "int8")
+VECTOR_TYPES: tuple[VectorType, ...] = ("float32", "float16", "int8")
 _INT8_MAX = 127
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 # Rows quantised at a time, so that the temporaries stay near the cache.

@@ -25,10 +25,10 @@ from quernel.search._top_k import top_k
 
 # The last part is for sums in float32 of some hundred terms.
 _ERROR = 3.1 * 2.0**-8
-# Vectors of a block: it and its products stay in the second-level cache.
-_ROWS = 2**10
-# Fewer query vectors, or fewer stored ones, are multiplied as fast as they are read.
-LEAST_COLUMNS, LEAST_ROWS = 64, 2**14
+# Vectors of a block at least and at most, and products between them: both stay in the second-level cache.
+_ROWS, _PRODUCTS = (2**10, 2**12), 2**17
+# Of fewer query vectors, or fewer stored ones, the conversion costs more than it saves.
+LEAST_COLUMNS, LEAST_ROWS = 6, 2**14
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def rough_scores(store: RaggedVectors, queries: Ragged) -> Scores:
     """Return the scores of all texts (n, texts), in bfloat16 up to the sums."""
     asked, offsets = torch.from_numpy(queries.rows).bfloat16().T, store.offsets
     columns, out = asked.shape[1], np.empty((len(queries), len(store)), np.float32)
-    cuts = store.blocks(_ROWS)
+    cuts = store.blocks(min(_ROWS[1], max(_ROWS[0], _PRODUCTS // columns)))
 
     def work(start: int, stop: int) -> None:
         for a, b in zip(cuts[start:stop], cuts[start + 1 : stop + 1], strict=True):

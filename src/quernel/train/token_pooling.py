@@ -46,7 +46,7 @@ class _TaskPooling(BaseTokenPooling):
         vectors, mask = self._pooled(x, features["attention_mask"].bool(), task == "query")
         return features | {"token_embeddings": vectors, "attention_mask": mask, _MARK: True}
 
-    def pool(  # type: ignore[override]  (one body for both of its overloads)
+    def pool(
         self,
         embeddings: list[Tensor] | Tensor,
         *,
