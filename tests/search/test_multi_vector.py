@@ -141,6 +141,15 @@ def test_later_texts_are_found_and_lists_are_built_anew_when_there_are_many() ->
         assert (np.diff(named) > 0).all(), "each text once a list, in ascending order"
 
 
+def test_equal_vectors_do_not_build_lists_again_and_again() -> None:
+    index = MultiVectorIndex(8).add([np.ones((3, 8))] * 100)
+    for _ in range(2):
+        assert index.search([np.ones((1, 8))], 3, mode="approximate")[1].tolist() == [[0, 1, 2]]
+        lists = index._lists
+    index.search([np.ones((1, 8))], 3, mode="approximate")
+    assert index._lists is lists and len(lists.centers) < 20
+
+
 def test_lists_may_look_at_a_prefix_alone() -> None:
     held, asked = topics(800, 16, 2)
     for text in (*held, *asked):
@@ -220,6 +229,9 @@ def test_the_base_class_loads_it(tmp_path) -> None:
     [
         (lambda ix: ix.add([np.ones((2, 8)), np.ones((0, 8))]), r"x\[1\] has no vectors"),
         (lambda ix: ix.add([np.full((2, 8), np.nan)]), r"x\[0\] holds NaN"),
+        (lambda ix: ix.add(np.ones((2, 3, 7))), r"x must have shape \(n, 8\); got \(6, 7\)"),
+        (lambda ix: ix.add(np.ones((2, 0, 8))), r"x\[0\] has no vectors"),
+        (lambda ix: ix.add(np.full((2, 1, 8), np.inf)), "x holds NaN or infinity"),
         (lambda ix: ix.add([np.ones((2, 7))]), r"x\[0\] must have shape \(n, 8\); got \(2, 7\)"),
         (lambda ix: ix.add(np.ones((2, 8))), "Put a single text into a list"),
         (lambda ix: ix.add("text"), "x must be a list of arrays"),

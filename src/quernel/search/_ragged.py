@@ -72,6 +72,15 @@ class Ragged:
                 f"{type(lists).__name__}{'' if whole is None else f' of {whole} dimensions'}. "
                 "Put a single text into a list"
             )
+        if whole == 3 and len(lists):
+            # All of one size: checked at once.
+            n, size, _ = np.shape(lists)
+            rows = (
+                _checked(name, as_array(lists).reshape(n * size, -1), dim)
+                if size
+                else _checked(f"{name}[0]", lists[0], dim)
+            )
+            return cls(size * np.arange(n + 1, dtype=np.int64), rows)
         arrays = [_checked(f"{name}[{i}]", one, dim) for i, one in enumerate(lists)]
         sizes = np.array([len(one) for one in arrays], np.int64)
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

@@ -118,7 +118,8 @@ class MultiVectorIndex(Index):
         self.prefix = None if prefix is None else check_int("prefix", prefix, low=1, high=self.dim)
         self._store = RaggedVectors(self.dim, dtype)
         self._lists: InvertedLists | None = None
-        self._listed = 0
+        # Texts that the lists name, and how many lists suited when they were built.
+        self._listed, self._suited = 0, 0
 
     @property
     def dtype(self) -> VectorType:
@@ -172,7 +173,7 @@ class MultiVectorIndex(Index):
         """Build the inverted lists for approximate search, anew if there are some.
 
         A search builds them itself where they are missing; texts that come later are put into the lists there are,
-        and the lists are built anew when four times as many vectors are stored.
+        and the lists are built anew when four times as many vectors are stored as when they were built or loaded.
         """
         self._lists = None
         self._current_lists()
@@ -285,9 +286,9 @@ class MultiVectorIndex(Index):
 
     def _current_lists(self) -> InvertedLists:
         """Return inverted lists of all texts."""
-        lists, n = self._lists, len(self._store)
-        if lists is None or suitable(len(self._store.rows)) >= 2 * len(lists.centers):
-            lists = build_lists(self._store, self.prefix or self.dim)
+        lists, n, suits = self._lists, len(self._store), suitable(len(self._store.rows))
+        if lists is None or suits >= 2 * self._suited:
+            lists, self._suited = build_lists(self._store, self.prefix or self.dim), suits
         elif self._listed < n:
             lists = lists.extended(self._store, self._listed)
         self._lists, self._listed = lists, n
@@ -300,7 +301,7 @@ class MultiVectorIndex(Index):
     def _restore(self, arrays: Arrays) -> None:
         self._store.restore(arrays, self._ids.slots)
         self._lists = restored_lists(arrays, len(self._store), self.prefix or self.dim)
-        self._listed = len(self._store)
+        self._listed, self._suited = len(self._store), suitable(len(self._store.rows))
 
 
 def score_block(
@@ -341,3 +342,4 @@ def _warmup() -> None:
         index = MultiVectorIndex(4, dtype).add(x).compact()
         index.search(x, 1)
         index.search(x, 1, mode="approximate")
+        rough_scores(index._store, Ragged.of("x", x, 4))
