@@ -65,21 +65,21 @@ class Ragged:
         """
         if isinstance(lists, Ragged):
             lists = [lists.rows[a:b] for a, b in zip(lists.offsets, lists.offsets[1:], strict=False)]
-        whole = np.ndim(lists) if hasattr(lists, "ndim") else None
-        if whole not in (None, 3) or isinstance(lists, str | bytes | dict) or not isinstance(lists, Iterable):
+        shape: tuple[int, ...] | None = tuple(lists.shape) if hasattr(lists, "shape") else None
+        if (
+            (shape is not None and len(shape) != 3)
+            or isinstance(lists, str | bytes | dict)
+            or not isinstance(lists, Iterable)
+        ):
             raise QuernelError(
                 f"{name} must be a list of arrays of shape (n_i, {dim}), one a text; got "
-                f"{type(lists).__name__}{'' if whole is None else f' of {whole} dimensions'}. "
+                f"{type(lists).__name__}{'' if shape is None else f' of shape {shape}'}. "
                 "Put a single text into a list"
             )
-        if whole == 3 and len(lists):
+        if shape is not None and 0 not in shape:
             # All of one size: checked at once.
-            n, size, _ = np.shape(lists)
-            rows = (
-                _checked(name, as_array(lists).reshape(n * size, -1), dim)
-                if size
-                else _checked(f"{name}[0]", lists[0], dim)
-            )
+            n, size, width = shape
+            rows = _checked(name, as_array(lists).reshape(n * size, width), dim)
             return cls(size * np.arange(n + 1, dtype=np.int64), rows)
         arrays = [_checked(f"{name}[{i}]", one, dim) for i, one in enumerate(lists)]
         sizes = np.array([len(one) for one in arrays], np.int64)

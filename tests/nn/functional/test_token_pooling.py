@@ -77,6 +77,7 @@ def test_few_distinct_tokens_give_few_vectors() -> None:
     x = torch.stack([torch.stack([a, a, b, a, b, a]), torch.stack([a, b, c, c, b, a]), a.expand(6, 4)])
     vectors, there = cluster_tokens(x, 4)
     assert there.sum(1).tolist() == [2, 3, 1]
+    assert cluster_tokens(x, 3).mask.sum(1).tolist() == [2, 3, 1], "k distinct tokens give k clusters"
     assert vectors.isfinite().all()
     for i, wanted in enumerate(([a, b], [a, b, c], [a])):
         distances = torch.cdist(torch.stack(wanted), vectors[i][there[i]])
