@@ -14,7 +14,7 @@ import torch
 
 from quernel import data
 from quernel._errors import DataError
-from quernel.data import _catalogue, checkpoints, images, tables, text
+from quernel.data import _catalogue, checkpoints, images, retrieval, tables, text
 
 
 @pytest.mark.parametrize("name", data.names())
@@ -115,6 +115,18 @@ def test_text_parsers() -> None:
     assert words.words == ("<eos>", "=", "A", "b", "=", "<eos>")
 
 
+def test_collections_have_their_judgements() -> None:
+    corpus = b'{"_id": "7", "title": "a b", "text": "a b c"}\n{"_id": "3", "title": "t", "text": "u"}\n'
+    corpus += b'{"_id": "9", "title": "", "text": ""}\n'
+    queries = b'{"_id": "1", "text": "q"}\n{"_id": "2", "text": "r"}\n'
+    header = b"query-id\tcorpus-id\tscore\n"
+    found = retrieval._collection("all", gzip.compress(corpus), queries, header + b"2\t9\t1\n2\t7\t-1\n2\t9\t3\n")
+    assert found.documents == ("a b c", "t u", "")
+    assert (found.queries, [r.tolist() for r in found.relevant], len(found)) == (("q", "r"), [[], [0, 2]], 2)
+    with pytest.raises(DataError, match="document '8'"):
+        retrieval._collection("all", gzip.compress(corpus), queries, header + b"1\t8\t1\n")
+
+
 def test_shakespeare_splits_join_to_the_whole() -> None:
     whole = "".join(chr(33 + i % 90) for i in range(1003))
     parts = [text._shakespeare(s, whole.encode()).text for s in ("train", "validation", "test")]
@@ -159,8 +171,10 @@ SIZES = {
     ("cifar10-jpeg", "test"): None,  # 10,000 with Pillow, else 2,000
     ("cifar10-lossless", "calibration"): 2000,
     ("cifar10-lossless", "test"): 2000,
+    ("cranfield", "all"): 225,
     ("fashion-mnist", "test"): 10_000,
     ("mnist", "test"): 10_000,
+    ("npl", "all"): 93,
     ("sst2", "dev"): 872,
     ("sst2", "train"): 67_349,
     ("stsb", "dev"): 1500,

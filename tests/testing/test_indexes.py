@@ -7,7 +7,7 @@ import pytest
 
 from quernel._errors import FormatError
 from quernel._growing import GrowingArray
-from quernel.search import FlatIndex
+from quernel.search import FlatIndex, MultiVectorIndex
 from quernel.testing import ConformanceError, check_index, checks_for
 
 
@@ -160,6 +160,66 @@ class Careless(FlatIndex):
 def test_lying_files_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConformanceError, match="loads silently with other answers"):
         checks_for("index")["damaged_files"](_resolving(monkeypatch, Careless))
+
+
+def texts(n: int, noise: float = 0.0) -> list[np.ndarray]:
+    draw = np.random.default_rng(0)
+    rows = [draw.standard_normal((draw.integers(1, 5), 12)) for _ in range(n)]
+    rows = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rows]
+    return [(x + noise * draw.standard_normal(x.shape)).astype(np.float32) for x in rows]
+
+
+def by_loop(items, queries):
+    return np.array([[sum((x @ q).max() for q in query) for x in items] for query in queries])
+
+
+def of_texts(cls: type, **example: Any) -> type:
+    """Give an index of lists of vectors what the suite asks for."""
+    lists = {"items": texts, "queries": lambda n: texts(n, 0.01), "reference": by_loop}
+    return registered(cls, **{**lists, **example})
+
+
+class Lists(MultiVectorIndex):
+    pass
+
+
+class Averaging(MultiVectorIndex):
+    def _search(self, queries, k):
+        scores, slots = super()._search(queries, k)
+        return scores / np.diff(queries.offsets)[:, None].astype(np.float32), slots
+
+
+class Filling(MultiVectorIndex):
+    def _items(self, name, x):
+        return super()._items(name, [one if len(one) else np.zeros((1, 12)) for one in x])
+
+
+class Forgiving(MultiVectorIndex):
+    def _items(self, name, x):
+        return super()._items(name, x if isinstance(x, list) else list(np.asarray(x)[None]))
+
+
+@pytest.mark.parametrize(
+    ("cls", "check", "message"),
+    [
+        (Averaging, "answers", "scores are not those of the items they stand beside"),
+        (Filling, "bad_input", "add of a list without vectors raises no QuernelError"),
+        (Forgiving, "bad_input", "add of one item that is not in a list raises no QuernelError"),
+    ],
+)
+def test_broken_indexes_of_lists_are_found(cls: type, check: str, message: str) -> None:
+    with pytest.raises(ConformanceError, match=message):
+        checks_for("index")[check](of_texts(cls))
+
+
+def test_a_reference_is_held_to_its_shape_and_to_the_whole_answer() -> None:
+    checks_for("index")["answers"](of_texts(Lists))
+    with pytest.raises(ConformanceError, match=r"the reference gives scores of shape \(200, 20\)"):
+        checks_for("index")["answers"](of_texts(Lists, reference=lambda x, q: by_loop(x, q).T))
+    # Another order than the reference's among the best.
+    worse = of_texts(Lists, reference=lambda x, q: -by_loop(x, q), exact_scores=False)
+    with pytest.raises(ConformanceError, match="answers differ from the exact ones"):
+        checks_for("index")["answers"](worse)
 
 
 def test_the_public_name_runs_all() -> None:

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "Checkpoint": "._kinds",
         "Images": "._kinds",
         "Pairs": "._kinds",
+        "Retrieval": "._kinds",
         "Sentences": "._kinds",
         "SetInfo": "._catalogue",
         "Table": "._kinds",

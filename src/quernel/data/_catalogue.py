@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from quernel._errors import DataError, MissingExtraError, QuernelError
-from quernel.data import checkpoints, images, labelled_tables, tables, text
+from quernel.data import checkpoints, images, labelled_tables, retrieval, tables, text
 from quernel.data._sources import DataSet, cache_folder, downloads, present, read_split
 
 _SETS: dict[str, DataSet] = {
-    item.name: item for family in (checkpoints, images, labelled_tables, tables, text) for item in family.SETS
+    item.name: item
+    for family in (checkpoints, images, labelled_tables, retrieval, tables, text)
+    for item in family.SETS
 }
 
 
@@ -92,7 +94,7 @@ def load(name: str, *, split: str | None = None) -> Any:
 
     Returns
     -------
-    Images, Pairs, Sentences, Table, Text, Tokens or Checkpoint
+    Images, Pairs, Retrieval, Sentences, Table, Text, Tokens or Checkpoint
         A frozen dataclass; which one depends on the set.
 
     Raises

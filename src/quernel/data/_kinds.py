@@ -82,6 +82,27 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Retrieval:
+    """Documents, queries, and which documents a person found relevant to each query.
+
+    Attributes
+    ----------
+    documents : tuple of str, length n
+        Title and text; a few may be empty.
+    queries : tuple of str, length m
+    relevant : tuple of ndarray of int64, length m
+        Numbers of the relevant documents of each query, ascending.
+    """
+
+    documents: tuple[str, ...]
+    queries: tuple[str, ...]
+    relevant: tuple[npt.NDArray[np.int64], ...]
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+
+@dataclass(frozen=True)
 class Sentences:
     """Sentences, with class labels or without.
 

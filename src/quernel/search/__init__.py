@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "FlinngStats": ".flinng",
         "Index": "._index",
         "MaxIPIndex": ".max_inner_product",
+        "MultiVectorIndex": ".multi_vector",
         "ShardError": "._shard_workers",
         "ShardedAnswer": ".sharded",
         "ShardedIndex": ".sharded",

@@ -5,10 +5,14 @@ from quernel._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "ClusterPooling": (".token_pooling", "hf"),
+        "CrispLoss": ".crisp",
         "FrankWolfePolicy": ".frank_wolfe_policy",
         "GradualMagnitudePruner": ".magnitude_pruning",
         "Kar2": ".kar",
         "Kar3": ".kar",
+        "SpacingPooling": (".token_pooling", "hf"),
+        "TailPooling": (".token_pooling", "hf"),
         "low_rank_only": ".low_rank",
         "merge_low_rank": ".low_rank",
     },
