@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -164,24 +164,42 @@ class SentenceEncoder(nn.Module):
 
         Sentences of similar length share a batch, so little is spent on padding.
         """
+        vectors = self._encoded(sentences, batch_size, lambda batch: list(self(**batch)))
+        if not vectors:
+            return torch.empty(0, self.encoder.config.hidden_size, device=next(self.parameters()).device)
+        return torch.stack(vectors)
+
+    @torch.no_grad()
+    def encode_tokens(self, sentences: Sequence[str], batch_size: int = 32) -> list[Tensor]:
+        """Return the vectors of each sentence's tokens, special ones included, unit length; (T_i, D) each."""
+
+        def states(batch: dict[str, Tensor]) -> list[Tensor]:
+            found = F.normalize(self.encoder(**batch).last_hidden_state, dim=-1)
+            mask = batch["attention_mask"].bool()
+            return [one[there] for one, there in zip(found, mask, strict=True)]
+
+        return self._encoded(sentences, batch_size, states)
+
+    def _encoded(
+        self, sentences: Sequence[str], batch_size: int, encode: Callable[[dict[str, Tensor]], list[Tensor]]
+    ) -> list[Tensor]:
+        """Return what ``encode`` gives for each sentence, asked in batches of similar length, in eval mode."""
         check_int("batch_size", batch_size, low=1)
         if isinstance(sentences, str):
             raise QuernelError("sentences must be a sequence of strings; got one string, wrap it in a list")
         order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
         device = next(self.parameters()).device
+        found: dict[int, Tensor] = {}
         training = self.training
         self.eval()
         try:
-            vectors = [
-                self(**{k: v.to(device) for k, v in self.tokenize([sentences[i] for i in rows]).items()})
-                for rows in (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-            ]
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = {k: v.to(device) for k, v in self.tokenize([sentences[i] for i in rows]).items()}
+                found |= zip(rows, encode(batch), strict=True)
         finally:
             self.train(training)
-        if not vectors:
-            return torch.empty(0, self.encoder.config.hidden_size, device=device)
-        joined = torch.cat(vectors)
-        return joined[torch.tensor(order, device=device).argsort()]
+        return [found[i] for i in range(len(sentences))]
 
 
 @register("minilm", pillar="models", contract="model", paper=None, status="stable", example=_minilm_example)

@@ -54,6 +54,12 @@ class Ragged:
         offsets = self.offsets[start : max(start, stop) + 1]
         return Ragged(offsets - offsets[0], self.rows[offsets[0] : offsets[-1]])
 
+    def take(self, places: NDArray[np.int64]) -> Ragged:
+        """Return the lists at these places, in this order."""
+        parts = [self.rows[self.offsets[i] : self.offsets[i + 1]] for i in places]
+        offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
+        return Ragged(offsets, np.concatenate([self.rows[:0], *parts]))
+
     @classmethod
     def of(cls, name: str, lists: Any, dim: int) -> Self:
         """Take a sequence of arrays or tensors (n_i, dim), and check every one of them.

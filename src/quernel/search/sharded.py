@@ -27,6 +27,7 @@ from quernel._registry import register, resolve_class
 from quernel._validate import check_choice, check_int, check_type
 from quernel.hashing import Sets
 from quernel.search._index import Ids, Index, Ranking, Scores
+from quernel.search._ragged import Ragged
 from quernel.search._shard_workers import RayWorkers, ShardError, ThreadWorkers, Workers, told
 from quernel.search.flat import FlatIndex
 
@@ -270,7 +271,10 @@ class ShardedIndex(Index):
         for shard in range(self.n_shards):
             places = np.arange((shard - before) % self.n_shards, n, self.n_shards)
             if places.size:
-                arguments[shard] = (items.take(places) if isinstance(items, Sets) else items[places], before + places)
+                arguments[shard] = (
+                    items.take(places) if isinstance(items, Sets | Ragged) else items[places],
+                    before + places,
+                )
         answers = self._workers.call("add", arguments)
         if any(isinstance(answer, Exception) for answer in answers.values()):
             # All or nothing: who took its part gives it back.

@@ -137,8 +137,9 @@ def _loaded(path: Path) -> tuple[TextIndex | None, str]:
         return None, str(error)
 
 
-def test_spread_over_shards_it_answers_alike(texts: Path, encoder: WordCounter) -> None:
-    index = built("flat", texts, encoder)
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"flinng"}))
+def test_spread_over_shards_it_answers_alike(kind: str, texts: Path, encoder: WordCounter) -> None:
+    index = built(kind, texts, encoder)
     index.remove("weather.txt")
     spread = index.spread(2, workers="threads")
     for query in ("dogs bark", "cats"):

@@ -184,7 +184,7 @@ class TextIndex(ArrayFolder):
         if not len(self):
             return []
         chosen = KINDS[self.index_kind]
-        scores, ids = self._index.search(chosen.encode(self.encoder, [query]), k, **chosen.options(k))
+        scores, ids = self._index.search(chosen.encode(self.encoder, [query], True), k, **chosen.options(k))
         return [
             Hit(float(score), self._file_of[i], self._passages[i].line, self._passages[i].text)
             for score, i in zip(scores[0].tolist(), ids[0].tolist(), strict=True)
@@ -222,9 +222,7 @@ class TextIndex(ArrayFolder):
         sharded = ShardedIndex(chosen.make(self.dim), n_shards, workers=workers, address=address)
         alive, ids = self._index._ids.alive, self._index.ids
         stored = chosen.stored(self._index)
-        sharded.add(
-            stored[alive] if isinstance(stored, np.ndarray) else [stored[i] for i in np.flatnonzero(alive)], ids
-        )
+        sharded.add([stored[i] for i in np.flatnonzero(alive).tolist()], ids)
         twin = TextIndex(self.index_kind, self.dim, self._encoder)
         twin._index, twin._next = sharded, self._next
         twin._passages, twin._file_of, twin._sources = self._passages, self._file_of, self._sources
@@ -239,7 +237,7 @@ class TextIndex(ArrayFolder):
         """Encode texts and take them in, each in place of what had its name."""
         passages = [p for _, _, found in texts for p in found]
         if passages:
-            items = KINDS[self.index_kind].encode(self.encoder, [p.text for p in passages])
+            items = KINDS[self.index_kind].encode(self.encoder, [p.text for p in passages], False)
         for name in {name for name, _, _ in texts} & self._sources.keys():
             self.remove(name)
         ids = range(self._next, self._next + len(passages))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quernel.search import FlatIndex, FlinngIndex, Index
+from quernel.nn.functional import cluster_tokens
+from quernel.search import FlatIndex, FlinngIndex, Index, MultiVectorIndex
+
+# Vectors of a passage and of a query where there are several: those of CRISP's C8x32.
+PASSAGE_VECTORS, QUERY_VECTORS = 32, 8
 
 
 class Encoder(Protocol):
@@ -20,22 +25,39 @@ class Encoder(Protocol):
         """Return one vector a text, (n, d)."""
         ...
 
+    def encode_tokens(self, sentences: Sequence[str]) -> list[Tensor]:
+        """Return the vectors of each text's tokens, (n_i, d); needed for ``"multi-vector"`` only."""
+        ...
+
 
 @dataclass(frozen=True)
 class Kind:
     """How an index is made, filled, asked, and taken apart again."""
 
     make: Callable[[int], Index]
-    encode: Callable[[Any, Sequence[str]], Any]
+    # (encoder, texts, whether they are queries) -> what ``add`` and ``search`` take.
+    encode: Callable[[Any, Sequence[str], bool], Any]
     # The items of the slots in their order, deleted ones included, to spread them over other indexes.
     stored: Callable[[Any], Any]
     # Options of a search for k answers.
     options: Callable[[int], dict[str, Any]] = lambda k: {}
 
 
-def _vectors(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
+def _vectors(encoder: Encoder, texts: Sequence[str], query: bool) -> np.ndarray:
     with torch.inference_mode():
         return encoder.encode(list(texts)).float().cpu().numpy()
+
+
+def _several(encoder: Encoder, texts: Sequence[str], query: bool) -> list[np.ndarray]:
+    k = QUERY_VECTORS if query else PASSAGE_VECTORS
+    with torch.inference_mode():
+        tokens = encoder.encode_tokens(list(texts))
+        return [cluster_tokens(one[None].float(), k).vectors[0].cpu().numpy() for one in tokens]
+
+
+def _lists(index: MultiVectorIndex) -> list[np.ndarray]:
+    offsets = index._store.offsets
+    return [index._store.values(a, b) for a, b in itertools.pairwise(offsets)]
 
 
 KINDS: dict[str, Kind] = {
@@ -46,4 +68,5 @@ KINDS: dict[str, Kind] = {
         lambda index: index.vectors,
         lambda k: {"rerank": max(200, k)},
     ),
+    "multi-vector": Kind(lambda dim: MultiVectorIndex(dim, "float16"), _several, _lists),
 }
