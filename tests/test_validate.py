@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from quernel._errors import QuernelError
-from quernel._validate import check_choice, check_finite, check_float, check_int, check_probability, check_type
+from quernel._validate import (
+    check_choice,
+    check_finite,
+    check_float,
+    check_increasing,
+    check_int,
+    check_probability,
+    check_type,
+)
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.int32(3)])
@@ -96,3 +104,24 @@ def test_finite(make):
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(QuernelError, match="x holds NaN or infinity"):
             check_finite("x", make([1.0, bad]))
+
+
+def test_integers_that_increase_pass():
+    assert check_increasing("dims", [2, np.int64(5)], low=2, high=5) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([3, 3], r"dims must be integers that increase; got \[3, 3\]"),
+        ([], "dims must be integers that increase"),
+        (4, "dims must be integers that increase; got 4"),
+        ("12", "dims must be integers that increase"),
+        ([1, 3], r"dims must be an integer in \[2, 5\]; got 1"),
+        ([3, 6], "got 6"),
+        ([2.0], "got 2.0"),
+    ],
+)
+def test_other_sequences_do_not(value, message):
+    with pytest.raises(QuernelError, match=message):
+        check_increasing("dims", value, low=2, high=5)

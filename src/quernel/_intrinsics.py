@@ -102,6 +102,25 @@ class Emitter:
         pointer = self.builder.inttoptr(address, I8.as_pointer())
         self._call("llvm.prefetch.p0i8", ir.VoidType(), [pointer, I32(0), I32(3), I32(1)])
 
+    def floats(self, vector: Any) -> Any:
+        """Return float32 lanes of a vector of float32, of int8, or of int16 that are the bits of finite float16."""
+        element, wide = vector.type.element, ir.VectorType(F32, vector.type.count)
+        if isinstance(element, ir.FloatType):
+            return vector
+        if element.width == 8:
+            return self.builder.sitofp(vector, wide)
+        if not self.portable:
+            return self.builder.fpext(
+                self.builder.bitcast(vector, ir.VectorType(ir.HalfType(), vector.type.count)), wide
+            )
+        # Exponents of float32 are 112 larger; the product also brings subnormal numbers to their place.
+        words = ir.VectorType(I32, vector.type.count)
+        bits = self.builder.zext(vector, words)
+        magnitude = self.builder.shl(self.builder.and_(bits, self._words(words, 0x7FFF)), self._words(words, 13))
+        value = self.builder.fmul(self.builder.bitcast(magnitude, wide), ir.Constant(wide, [2.0**112] * wide.count))
+        sign = self.builder.shl(self.builder.and_(bits, self._words(words, 0x8000)), self._words(words, 16))
+        return self.builder.bitcast(self.builder.or_(self.builder.bitcast(value, words), sign), wide)
+
     def offset(self, address: Any, index: Any, size: int) -> Any:
         """Return ``address + index * size``."""
         return self.builder.add(address, self.builder.mul(index, ir.Constant(I64, size)))
@@ -231,6 +250,10 @@ class Emitter:
             phi.add_incoming(following_value, after)
         self.builder.position_at_end(done)
         return held
+
+    @staticmethod
+    def _words(kind: Any, value: int) -> Any:
+        return ir.Constant(kind, [value] * kind.count)
 
     def _call(self, name: str, returns: Any, operands: Sequence[Any]) -> Any:
         signature = ir.FunctionType(returns, [operand.type for operand in operands])

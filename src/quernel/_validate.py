@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from quernel._errors import QuernelError
@@ -56,6 +57,21 @@ def check_choice(name: str, value: Value, choices: Collection[Value]) -> Value:
     if not known:
         raise QuernelError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
     return value
+
+
+def check_increasing(name: str, values: Any, *, low: int, high: int | None = None) -> tuple[int, ...]:
+    """Return ``values`` as a tuple of at least one integer in [low, high], each larger than the one before.
+
+    Examples
+    --------
+    >>> check_increasing("dims", [8, 16], low=1)
+    (8, 16)
+    """
+    held = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
+    integers = tuple(check_int(name, value, low=low, high=high) for value in held)
+    if not integers or any(later <= earlier for earlier, later in itertools.pairwise(integers)):
+        raise QuernelError(f"{name} must be integers that increase; got {values!r}")
+    return integers
 
 
 def check_type(name: str, value: Value, kinds: type | tuple[type, ...]) -> Value:

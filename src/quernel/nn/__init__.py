@@ -40,6 +40,7 @@ __getattr__, __dir__, __all__ = attach(
         "LongKernel": ".conv.long_kernel",
         "LowRankLinear": ".linear.low_rank",
         "MAGNet": ".magnet",
+        "MatryoshkaHead": ".matryoshka_head",
         "MetaBlock": ".meta_block",
         "Mixer": "._mixer",
         "MonarchFFT": ".conv.butterfly",

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "FlinngIndex": ".flinng",
         "FlinngSettings": "._flinng_settings",
         "FlinngStats": ".flinng",
+        "FunnelIndex": ".funnel",
         "Index": "._index",
         "MaxIPIndex": ".max_inner_product",
         "MultiVectorIndex": ".multi_vector",
