@@ -66,6 +66,7 @@ __getattr__, __dir__, __all__ = attach(
         "SNNKLinear": ".linear.snnk",
         "SharedArray": "._shared_array",
         "ShiftLinear": ".linear.shift",
+        "SimplexHead": ".heads.simplex",
         "SketchLayer": ".linear.sketch",
         "SoftmaxAttention": ".attention.softmax",
         "SoftmaxFreeAttention": ".attention.soft",

@@ -1,7 +1,7 @@
 """What a compression did, in numbers: the whole, every layer, every configuration that was tried.
 
 A :class:`Report` is plain frozen data; it prints as text, rich tables, Markdown, JSON and one offline HTML page.
-What was not measured is ``None`` and reads "not measured" everywhere.
+What was not measured is ``None`` and reads "not measured" everywhere. ``matrix_map`` draws a matrix of scores.
 """
 
 from quernel._lazy import attach
@@ -12,5 +12,6 @@ __getattr__, __dir__, __all__ = attach(
         "LayerReport": "._report",
         "Report": "._report",
         "TrialReport": "._report",
+        "matrix_map": "._matrix_plot",
     },
 )

@@ -5,6 +5,7 @@ from quernel._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "CompatibilityBySeen": ".compatibility",
         "FlatIndex": ".flat",
         "FlinngIndex": ".flinng",
         "FlinngSettings": "._flinng_settings",
@@ -16,5 +17,11 @@ __getattr__, __dir__, __all__ = attach(
         "ShardError": "._shard_workers",
         "ShardedAnswer": ".sharded",
         "ShardedIndex": ".sharded",
+        "average_accuracy": ".compatibility",
+        "average_compatibility": ".compatibility",
+        "compatibility_by_seen": ".compatibility",
+        "compatibility_matrix": ".compatibility",
+        "features_of": ".compatibility",
+        "self_accuracy": ".compatibility",
     },
 )

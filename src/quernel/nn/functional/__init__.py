@@ -58,6 +58,8 @@ __getattr__, __dir__, __all__ = attach(
         "shift_codes": ".shift",
         "shift_linear": ".shift",
         "sign_through": ".straight_through",
+        "simplex_logits": ".simplex",
+        "simplex_prototypes": ".simplex",
         "singular_values": ".low_rank",
         "ska": ".small_kernel_aggregation",
         "smooth": ".fft_convolution",
