@@ -63,6 +63,13 @@ def test_from_a_folder_to_an_answer(work: Path, capsys: pytest.CaptureFixture[st
     assert "TextIndex" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["funnel", "multi-vector"])
+def test_other_kinds_answer_too(work: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    assert _json(capsys, "build", "texts", "--out", "ix", "--kind", kind)["kind"] == kind
+    found = _json(capsys, "search", "ix", "spacecraft beyond the planets", "-k", "1")
+    assert found["hits"][0]["file"] == "space.txt"
+
+
 def test_what_is_wrong_is_said_and_nothing_is_lost(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _json(capsys, "build", "texts", "--out", "ix")
     before = _json(capsys, "info", "ix")

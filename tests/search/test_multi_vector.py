@@ -243,7 +243,7 @@ def test_the_base_class_loads_it(tmp_path) -> None:
         (lambda ix: ix.search([np.ones((1, 8))], mode="approximate", probes=0), "probes must be"),
         (lambda ix: MultiVectorIndex(8, "bfloat16"), "dtype must be one of"),
         (lambda ix: MultiVectorIndex(8, prefix=9), "prefix must be an integer in"),
-        (lambda ix: MultiVectorIndex(8, "float16").add([np.full((1, 8), 1e6)]), "beyond float16"),
+        (lambda ix: MultiVectorIndex(8, "float16").add([np.full((1, 8), 1e6)]), "stored as float16"),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:

@@ -52,7 +52,10 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder for the index.")],
     kind: Annotated[
         str | None,
-        typer.Option(help="flinng: near-duplicates, fast (default for vectors). flat: exact (default for texts)."),
+        typer.Option(
+            help="flinng: near-duplicates, fast (default for vectors). flat: exact (default for texts). Of texts also "
+            "funnel: a prefix, then the whole vector; multi-vector: several vectors a passage."
+        ),
     ] = None,
     metric: Annotated[
         str | None, typer.Option(help="cosine, l2, ip (flat only) or jaccard. Default: cosine; jaccard for sets.")

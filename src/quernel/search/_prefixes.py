@@ -6,19 +6,17 @@ them. Both stores hold float32, float16, or int8 with a scale a vector, and scor
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quernel._array_folder import Arrays, take
-from quernel._errors import QuernelError
 from quernel._growing import GrowingArray
 from quernel.search._best_keys import bars_at, best_slots, rerank, sorted_best
 from quernel.search._panel_kernels import PANEL, scan_panels
+from quernel.search._stored_numbers import VectorType, encoded
 
-StoredAs = Literal["float32", "float16", "int8"]
-DTYPES: tuple[StoredAs, ...] = ("float32", "float16", "int8")
 # One panel of so many is looked at first, to guess a bar that few items pass.
 _SAMPLED = 16
 # The guess is the score of rank MARGIN k / SAMPLED + SPARE in the sample: about MARGIN k items pass, and that fewer
@@ -26,7 +24,6 @@ _SAMPLED = 16
 _MARGIN, _SPARE = 2, 8
 # Numbers of decoded candidates at a time, 4 MB.
 _DECODED = 2**20
-_INT8, _HALF = 127.0, 65504.0
 
 Vectors = NDArray[np.float32]
 Slots = NDArray[np.int64]
@@ -41,7 +38,7 @@ class PrefixPanels:
     dtype : {"float32", "float16", "int8"}
     """
 
-    def __init__(self, width: int, dtype: StoredAs) -> None:
+    def __init__(self, width: int, dtype: VectorType) -> None:
         self.width, self.dtype = width, dtype
         self._full = GrowingArray(np.zeros((0, width, PANEL), dtype))
         self._scales = GrowingArray(np.zeros(0, np.float32))
@@ -138,7 +135,7 @@ class VectorRows:
     dtype : {"float32", "float16", "int8"}
     """
 
-    def __init__(self, dim: int, dtype: StoredAs) -> None:
+    def __init__(self, dim: int, dtype: VectorType) -> None:
         self.dim, self.dtype = dim, dtype
         self._rows = GrowingArray(np.zeros((0, dim), dtype))
         self._scales = GrowingArray(np.zeros(0, np.float32))
@@ -189,32 +186,6 @@ class VectorRows:
     def _decoded(self, slots: Slots, width: int) -> Vectors:
         rows = self._rows.rows[slots, :width].astype(np.float32)
         return rows * self._scales.rows[slots, None] if self.dtype == "int8" else rows
-
-
-def encoded(rows: Vectors, dtype: StoredAs) -> tuple[NDArray[Any], Vectors | None]:
-    """Return rows as they are stored, and the scale of each for int8.
-
-    Raises
-    ------
-    QuernelError
-        If a number is beyond what float16 holds.
-
-    Examples
-    --------
-    >>> codes, scales = encoded(np.array([[1.0, -0.5]], np.float32), "int8")
-    >>> codes.tolist(), (codes * scales[:, None]).round(2).tolist()
-    ([[127, -64]], [[1.0, -0.5]])
-    """
-    if dtype == "int8":
-        largest = np.abs(rows).max(1, initial=0.0)
-        scales = np.where(largest > 0, largest / _INT8, 1.0).astype(np.float32)
-        return np.rint(rows / scales[:, None]).astype(np.int8), scales
-    if dtype == "float16" and np.abs(rows).max(initial=0.0) > _HALF:
-        raise QuernelError(
-            f"x must be within {_HALF:g} to be stored as float16; got {np.abs(rows).max():g}. "
-            'Scale the vectors, or take dtype="float32"'
-        )
-    return rows.astype(dtype, copy=False), None
 
 
 def unit_rows(rows: Vectors) -> Vectors:

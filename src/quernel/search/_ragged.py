@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,12 +21,9 @@ from quernel._errors import FormatError, QuernelError
 from quernel._growing import GrowingArray
 from quernel._validate import check_choice, check_int
 from quernel.hashing._family import as_array
+from quernel.search._stored_numbers import VECTOR_TYPES, VectorType, encoded
 
-VectorType = Literal["float32", "float16", "int8"]
-VECTOR_TYPES: tuple[VectorType, ...] = ("float32", "float16", "int8")
-_INT8_MAX = 127
-_FLOAT16_MAX = float(np.finfo(np.float16).max)
-# Rows quantised at a time, so that the temporaries stay near the cache.
+# Rows whose lengths are taken at a time, so that the temporaries stay near the cache.
 _BLOCK = 2**14
 
 Rows = NDArray[np.float32]
@@ -143,16 +140,10 @@ class RaggedVectors:
         QuernelError
             If a coordinate does not fit into float16; then nothing was added.
         """
-        if self.dtype == "float16" and lists.rows.size and float(np.abs(lists.rows).max()) > _FLOAT16_MAX:
-            raise QuernelError(
-                f"x holds {np.abs(lists.rows).max():g}, beyond float16; normalise the vectors or keep them as float32"
-            )
-        if self.dtype == "int8":
-            rows, scales = _quantized(lists.rows)
+        rows, scales = encoded(lists.rows, self.dtype)
+        if scales is not None:
             self._scales.append(scales)
-            self._rows.append(rows)
-        else:
-            self._rows.append(lists.rows)
+        self._rows.append(rows)
         self._offsets.append(lists.offsets[1:] + self.offsets[-1])
 
     def values(self, start: int = 0, stop: int | None = None) -> Rows:
@@ -238,19 +229,6 @@ def _checked(name: str, one: Any, dim: int) -> Rows:
     if not np.isfinite(rows).all():
         raise QuernelError(f"{name} holds NaN or infinity; clean it before passing it on")
     return np.ascontiguousarray(rows, np.float32)
-
-
-def _quantized(rows: Rows) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round each vector to 255 levels of its own scale."""
-    out, scales = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32)
-    for first in range(0, len(rows), _BLOCK):
-        part = rows[first : first + _BLOCK]
-        largest = np.abs(part).max(axis=1)
-        # A vector of zeros keeps the scale finite.
-        scale = np.where(largest > 0, largest / np.float32(_INT8_MAX), np.float32(1))
-        scales[first : first + len(part)] = scale
-        out[first : first + len(part)] = np.rint(part / scale[:, None])
-    return out, scales
 
 
 @njit(nogil=True, cache=True, fastmath=False)

@@ -23,7 +23,8 @@ from quernel._registry import register
 from quernel._threads import parallel_ranges
 from quernel._validate import check_choice, check_increasing, check_int
 from quernel.search._index import Ids, Index, Scores
-from quernel.search._prefixes import DTYPES, PrefixPanels, StoredAs, VectorRows
+from quernel.search._prefixes import PrefixPanels, VectorRows
+from quernel.search._stored_numbers import VECTOR_TYPES, VectorType
 from quernel.search._top_k import top_k
 from quernel.search.flat import exact_scores, normalized
 
@@ -81,14 +82,14 @@ class FunnelIndex(Index):
         shortlist: Sequence[int] = (200,),
         *,
         metric: Literal["ip", "cosine"] = "ip",
-        dtype: StoredAs = "float32",
+        dtype: VectorType = "float32",
     ) -> None:
         super().__init__()
         self.dim: int = check_int("dim", dim, low=1)
         self.dims = check_increasing("dims", dims, low=1, high=self.dim)
         self.shortlist = _check_shortlist(shortlist, len(self.dims))
         self.metric = check_choice("metric", metric, ("ip", "cosine"))
-        self.dtype: StoredAs = check_choice("dtype", dtype, DTYPES)
+        self.dtype: VectorType = check_choice("dtype", dtype, VECTOR_TYPES)
         self._vectors = VectorRows(self.dim, self.dtype)
         self._prefixes = PrefixPanels(self.dims[0], self.dtype)
 

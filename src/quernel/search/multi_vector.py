@@ -26,8 +26,9 @@ from quernel._validate import check_choice, check_int
 from quernel.search._index import Ids, Index, Scores
 from quernel.search._inverted_lists import InvertedLists, build_lists, restored_lists, suitable
 from quernel.search._multi_vector_kernels import add_maxima, clear_votes, vote
-from quernel.search._ragged import VECTOR_TYPES, Ragged, RaggedVectors, VectorType, as_float
+from quernel.search._ragged import Ragged, RaggedVectors, as_float
 from quernel.search._screening import possible, rough_scores, worth_it
+from quernel.search._stored_numbers import VECTOR_TYPES, VectorType
 from quernel.search._top_k import top_k
 
 Mode = Literal["exact", "approximate"]

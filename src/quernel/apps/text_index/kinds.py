@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from quernel.nn.functional import cluster_tokens
-from quernel.search import FlatIndex, FlinngIndex, Index, MultiVectorIndex
+from quernel.search import FlatIndex, FlinngIndex, FunnelIndex, Index, MultiVectorIndex
 
 # Vectors of a passage and of a query where there are several: those of CRISP's C8x32.
 PASSAGE_VECTORS, QUERY_VECTORS = 32, 8
+# The prefix that a funnel scans is a share of the vector: the encoder's were not trained to be cut shorter.
+PREFIX_SHARE, SHORTLIST = 4, 400
 
 
 class Encoder(Protocol):
@@ -55,6 +57,10 @@ def _several(encoder: Encoder, texts: Sequence[str], query: bool) -> list[np.nda
         return [cluster_tokens(one[None].float(), k).vectors[0].cpu().numpy() for one in tokens]
 
 
+def _funnel(dim: int) -> FunnelIndex:
+    return FunnelIndex(dim, (max(1, dim // PREFIX_SHARE),), (SHORTLIST,), metric="cosine")
+
+
 def _lists(index: MultiVectorIndex) -> list[np.ndarray]:
     offsets = index._store.offsets
     return [index._store.values(a, b) for a, b in itertools.pairwise(offsets)]
@@ -68,5 +74,6 @@ KINDS: dict[str, Kind] = {
         lambda index: index.vectors,
         lambda k: {"rerank": max(200, k)},
     ),
+    "funnel": Kind(_funnel, _vectors, lambda index: index.vectors),
     "multi-vector": Kind(lambda dim: MultiVectorIndex(dim, "float16"), _several, _lists),
 }
