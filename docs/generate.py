@@ -124,6 +124,26 @@ def mixers() -> str:
     return "\n".join([*parts, _table(["ms at", *(f"{n:,} tokens" for n in tokens)], rows)])
 
 
+def caches() -> str:
+    """Time and bytes of a decoding step against the context, every cache: two pictures and a table."""
+    file = ROOT / "benchmarks" / "caches.json"
+    if not file.is_file():
+        return "Not measured yet.\n"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    curves = found["curves"]
+    layer = "One layer and sequence, 32 query heads on 8 key heads of 128 numbers, float32"
+    parts = [f"{layer}, {found['threads']} threads; caches with a budget of {found['budget']:,} tokens.\n"]
+    for key, title, scale in (("ms", "milliseconds a token", 1.0), ("bytes", "MiB stored", 2.0**20)):
+        drawn = {name: [(p["tokens"], p[key] / scale) for p in curve] for name, curve in curves.items()}
+        parts.append(chart(drawn, "tokens", title) + "\n")
+    tokens = sorted({point["tokens"] for curve in curves.values() for point in curve})
+    rows = []
+    for name, curve in curves.items():
+        at = {point["tokens"]: point for point in curve}
+        rows.append([name, *(f"{at[n]['ms']:.3g} / {at[n]['bytes'] / 2**20:.3g}" if n in at else "" for n in tokens)])
+    return "\n".join([*parts, _table(["ms / MiB at", *(f"{n:,} tokens" for n in tokens)], rows)])
+
+
 def conversions() -> str:
     """Existing networks with other mixers: score before, right after and after training further, time and size."""
     file = ROOT / "benchmarks" / "conversions.json"
@@ -154,6 +174,7 @@ SECTIONS: dict[str, Callable[..., str]] = {
     "all-claims": all_claims,
     "benchmarks": benchmarks,
     "all-benchmarks": all_benchmarks,
+    "caches": caches,
     "conversions": conversions,
     "fronts": fronts,
     "mixer-names": mixer_names,
