@@ -192,3 +192,43 @@ def test_some_lanes_are_loaded_clamped_and_stored(portable, mask):
     # NaN passes both limits.
     expected = np.where(lanes, np.where(np.isnan(turned), turned, np.clip(turned, 2, 8)), np.float32(-1))
     np.testing.assert_array_equal(target, expected)
+
+
+@pytest.mark.parametrize("portable", PATHS)
+@pytest.mark.parametrize("mask", [0, 1, 0x80000000, 0xFFFFFFFF, 0b10110111011110110001000011101101])
+def test_half_words_are_expanded_32_at_a_time(portable, mask):
+    @intrinsic
+    def expand(typing, source, target, bits):
+        def emit(context, builder, signature, args):
+            e = _intrinsics.Emitter(builder, portable)
+            e.store(e.expand_load(args[0], builder.trunc(args[2], _intrinsics.I32), _intrinsics.I16), args[1])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    @njit
+    def call(source, target, bits):
+        expand(source.ctypes.data, target.ctypes.data, bits)
+
+    kept = [lane for lane in range(32) if mask >> lane & 1]
+    source, target = np.arange(1, len(kept) + 1, dtype=np.int16), np.full(32, -1, np.int16)
+    call(source, target, mask)
+    expected = np.zeros(32, np.int16)
+    expected[kept] = source
+    np.testing.assert_array_equal(target, expected)
+
+
+def test_intrinsics_of_other_files_are_in_the_key(tmp_path):
+    names = []
+    for text in ("one", "two"):
+        (tmp_path / "other.py").write_text(text)
+        _intrinsics._digest.cache_clear()
+
+        @_intrinsics.keyed_with(str(tmp_path / "other.py"))
+        def kernel():
+            pass
+
+        names.append(kernel.__qualname__)
+    _intrinsics._digest.cache_clear()
+    assert names[0] != names[1]
+    assert names[0].rpartition("_")[0] == names[1].rpartition("_")[0]

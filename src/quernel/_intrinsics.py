@@ -56,8 +56,18 @@ def portable() -> bool:
 
 def keyed(function: Function) -> Function:
     """Give a function to be jitted a name of its own in Numba's disk cache a path and version of this file."""
-    function.__qualname__ += f"_{'portable' if portable() else 'vector'}_{_own_digest()}"
+    function.__qualname__ += f"_{'portable' if portable() else 'vector'}_{_digest(__file__)}"
     return function
+
+
+def keyed_with(*files: str) -> Callable[[Function], Function]:
+    """Return ``keyed`` for functions whose intrinsics are written in other files than their own, named here."""
+
+    def mark(function: Function) -> Function:
+        keyed(function).__qualname__ += "".join(f"_{_digest(file)}" for file in files)
+        return function
+
+    return mark
 
 
 class Emitter:
@@ -199,22 +209,24 @@ class Emitter:
         return total
 
     def expand_load(self, address: Any, mask: Any, element: Any = F32) -> Any:
-        """Load consecutive elements into the lanes whose bit of ``mask`` (i16) is set, zero in the others.
+        """Load consecutive elements into the lanes whose bit of ``mask`` is set, zero in the others.
 
-        Exactly ``popcount(mask)`` elements are read. 16-bit elements need AVX512-VBMI2, else the portable form.
+        The mask (i16, or i32 with 16-bit elements) has a bit for each lane. Exactly ``popcount(mask)`` elements are
+        read. 16-bit elements need AVX512-VBMI2, else the portable form.
         """
-        kind = ir.VectorType(element, LANES)
+        lanes = mask.type.width
+        kind = ir.VectorType(element, lanes)
         available = isinstance(element, ir.FloatType) or element.width >= 32 or "avx512vbmi2" in target_features()
         if not self.portable and available:
             pointer = self.builder.inttoptr(address, element.as_pointer())
-            lanes = self.builder.bitcast(mask, ir.VectorType(BIT, LANES))
-            return self._call(f"llvm.masked.expandload.{_mangled(kind)}", kind, [pointer, lanes, self.zeros(kind)])
+            bits = self.builder.bitcast(mask, ir.VectorType(BIT, lanes))
+            return self._call(f"llvm.masked.expandload.{_mangled(kind)}", kind, [pointer, bits, self.zeros(kind)])
         size = 4 if isinstance(element, ir.FloatType) else element.width // 8
         result = cgutils.alloca_once_value(self.builder, self.zeros(kind))
-        for lane in range(LANES):
-            bit = self.builder.and_(mask, I16(1 << lane))
-            with self.builder.if_then(self.builder.icmp_unsigned("!=", bit, I16(0))):
-                below = self.builder.ctpop(self.builder.and_(mask, I16((1 << lane) - 1)))
+        for lane in range(lanes):
+            bit = self.builder.and_(mask, mask.type(1 << lane))
+            with self.builder.if_then(self.builder.icmp_unsigned("!=", bit, mask.type(0))):
+                below = self.builder.ctpop(self.builder.and_(mask, mask.type((1 << lane) - 1)))
                 value = self.load(self.offset(address, self.builder.zext(below, I64), size), element)
                 vector = self.builder.insert_element(self.builder.load(result), value, I32(lane))
                 self.builder.store(vector, result)
@@ -354,5 +366,5 @@ def _mangled(kind: Any) -> str:
 
 
 @functools.cache
-def _own_digest() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]

@@ -5,9 +5,15 @@ from quernel._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "BitmapRows": ".bitmap_rows",
         "Cache": ("._cache", "hf"),
         "CacheReport": ("._cache", "hf"),
+        "MustafarCache": (".mustafar", "hf"),
         "WindowCache": (".window", "hf"),
         "attention": ("._attention", "hf"),
+        "prune_by_output": ".pruning",
+        "prune_channels": ".pruning",
+        "prune_per_channel": ".pruning",
+        "prune_per_token": ".pruning",
     },
 )
