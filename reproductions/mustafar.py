@@ -5,9 +5,9 @@ losses of the last half of each context are compared.  Rules are applied to each
 schedule of the paper's accuracy experiments; that ``MustafarCache(block=1)`` gives the losses of its rule is checked.
 "Equal bytes" counts what the cache stores in float32, bitmaps and the dense window included.
 
-A character model hardly needs what lies far back in plain text: there no rule costs more than the noise, and nothing
-can be told about their order.  So the comparisons are made where the text is a second copy of its first half and the
-model was trained to look there; plain text and the stories are printed beside it.
+A character model hardly needs what lies far back in plain text: there a rule may cost no more than the noise, and
+little can be told about their order.  So the same comparisons are checked where the text is a second copy of its first
+half and the model was trained to look there.
 
 On stories260K the magnitude of keys says little: heads have 8 numbers, and their channels a part that all tokens share,
 which takes the places of what differs between them.  Weighing channels by the queries, or taking the mean of each
@@ -268,30 +268,37 @@ def beside(seed: int, ours: tuple[Any, ...], *others: tuple[Any, ...]) -> list[d
 @mustafar.claim(
     name="structured",
     claim="Channels chosen for each token lose far less than the same share of whole channels",
-    scale="tiny_lm trained on repeated text, 8 passages of 512 characters and their second copies, keys at 50 %",
+    scale="tiny_lm of 1,024 context, 8 contexts, keys at 50 %",
     data="tinyshakespeare test",
-    metric="increase of the second copy's loss (nats)",
+    metric="increase of the loss (nats)",
     baseline="whole channels by |q_c| |k_c|, chosen once a text",
     rule=at_least(3.0, of="baseline / ours"),
-    checks=("also on stories260K",),
+    checks=("also where the text is a second copy", "also on stories260K"),
     seeds=(0, 1, 2),
 )
 def claim_structured(seed: int) -> Outcome:
     table = beside(seed, ("ours", "token", 0.5), ("whole channels", "structured", 0.5))
     found = {row["text"]: (row["ours"], row["whole channels"]) for row in table}
-    checks = {"also on stories260K": found["stories"][1] >= 3 * found["stories"][0]}
-    return Outcome(*found["repeated"], checks, table)
+    checks = {
+        "also where the text is a second copy": found["repeated"][1] >= 3 * found["repeated"][0],
+        "also on stories260K": found["stories"][1] >= 3 * found["stories"][0],
+    }
+    return Outcome(*found["shakespeare"], checks, table)
 
 
 @mustafar.claim(
     name="values",
     claim="Values are pruned better by token than by channel",
-    scale="tiny_lm trained on repeated text, 8 passages of 512 characters and their second copies, values at 70 %",
+    scale="tiny_lm of 1,024 context, 8 contexts, values at 70 %",
     data="tinyshakespeare test",
-    metric="increase of the second copy's loss (nats)",
+    metric="increase of the loss (nats)",
     baseline="by channel over groups of 32 tokens",
     rule=at_most(0.0, of="ours - baseline"),
-    checks=("also on stories260K", "smaller error of the attention's output in every layer"),
+    checks=(
+        "also where the text is a second copy",
+        "also on stories260K",
+        "smaller error of the attention's output in every layer",
+    ),
     seeds=(0, 1, 2),
 )
 def claim_values(seed: int) -> Outcome:
@@ -299,13 +306,14 @@ def claim_values(seed: int) -> Outcome:
     found = {row["text"]: (row["ours"], row["by channel"]) for row in table}
     errors = {which: output_errors(*TEXTS[which](seed)) for which in TEXTS}
     checks = {
+        "also where the text is a second copy": found["repeated"][0] <= found["repeated"][1],
         "also on stories260K": found["stories"][0] <= found["stories"][1],
         "smaller error of the attention's output in every layer": all(
             ours <= theirs for layers in errors.values() for ours, theirs in layers
         ),
     }
     notes = [f"{which}, relative errors by layer: {_pairs(layers)}" for which, layers in errors.items()]
-    return Outcome(*found["repeated"], checks, table, notes)
+    return Outcome(*found["shakespeare"], checks, table, notes)
 
 
 def _pairs(layers: list[tuple[float, float]]) -> str:
@@ -333,12 +341,12 @@ def output_errors(net: Any, ids: Tensor) -> list[tuple[float, float]]:
 @mustafar.claim(
     name="eviction",
     claim="At equal bytes pruned tokens lose less than tokens that are gone",
-    scale="tiny_lm trained on repeated text, 8 passages of 512 characters and their second copies, K and V at 70 %",
+    scale="tiny_lm of 1,024 context, 8 contexts, K and V at 70 %",
     data="tinyshakespeare test",
-    metric="increase of the second copy's loss (nats)",
+    metric="increase of the loss (nats)",
     baseline="the better of first-and-newest and query-chosen tokens",
     rule=at_most(0.0, of="ours - baseline"),
-    checks=("also on plain text", "also on stories260K"),
+    checks=("also where the text is a second copy", "also on stories260K"),
     seeds=(0, 1, 2),
 )
 def claim_eviction(seed: int) -> Outcome:
@@ -351,11 +359,13 @@ def claim_eviction(seed: int) -> Outcome:
     )
     found = {row["text"]: (row["ours"], min(row["first and newest"], row["chosen by queries"])) for row in table}
     checks = {
-        "also on plain text": found["shakespeare"][0] <= found["shakespeare"][1],
+        "also where the text is a second copy": found["repeated"][0] <= found["repeated"][1],
         "also on stories260K": found["stories"][0] <= found["stories"][1],
     }
     shares = ", ".join(f"{which} {share_of(which, 0.7):.3f}" for which in TEXTS)
-    return Outcome(*found["repeated"], checks, table, [f"bytes as a share of the plain cache's: {shares}; int4 0.156"])
+    return Outcome(
+        *found["shakespeare"], checks, table, [f"bytes as a share of the plain cache's: {shares}; int4 0.156"]
+    )
 
 
 if __name__ == "__main__":
