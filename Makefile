@@ -37,7 +37,7 @@ slow: $(READY) ## the tests that take more than a second each
 	$(BIN)/python -m pytest -q -m slow
 
 portable: $(READY) ## the native kernels' tests again, on the path of machines without VNNI
-	QUERNEL_PORTABLE=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) tests/test_intrinsics.py tests/hashing tests/nn tests/search tests/sketch tests/compress
+	QUERNEL_PORTABLE=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) tests/test_intrinsics.py tests/hashing tests/nn tests/search tests/sketch tests/cache tests/compress
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -36,9 +36,28 @@ def is_depthwise(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (7, 7)
 
 
+class Fitted(nn.Module):
+    """A split convolution as ``from_depthwise`` fits it: channels in its order, scaled and shifted, and put back."""
+
+    order: Tensor
+    back: Tensor
+
+    def __init__(self, fit: Any) -> None:
+        super().__init__()
+        self.mixer = ChannelsFirst(fit.mixer)
+        self.scale = nn.Parameter(fit.scale[:, None, None].clone())
+        self.shift = nn.Parameter(fit.shift[:, None, None].clone())
+        self.register_buffer("order", fit.permutation)
+        self.register_buffer("back", fit.permutation.argsort())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.addcmul(self.shift, self.scale, self.mixer(x[:, self.order]))
+        return y[:, self.back]
+
+
 def split_of(old: Any) -> nn.Module:
-    """Return the split convolution nearest to a depthwise one."""
-    return ChannelsFirst(InceptionDWConv2d.from_depthwise(old).mixer)
+    """Return the split convolution nearest to a depthwise one; each channel goes to the branch that fits it best."""
+    return Fitted(InceptionDWConv2d.from_depthwise(old))
 
 
 def convnext(depths: tuple[int, ...], dims: tuple[int, ...], **options: Any) -> nn.Module:
@@ -56,8 +75,9 @@ def convnext_tiny() -> dict[str, Any]:
     """Time alone: no weights at hand."""
     net = convnext((3, 3, 9, 3), (96, 192, 384, 768))
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
-    report = convert(net, is_depthwise, split_of, example_inputs=x).report
-    return _row("ConvNeXt-tiny, random weights", "depthwise 7x7 to InceptionDWConv2d", "one image of 224 x 224", report)
+    # Random kernels have no order to keep.
+    result = convert(net, is_depthwise, lambda old: ChannelsFirst(InceptionDWConv2d(old.in_channels)), example_inputs=x)
+    return _row("ConvNeXt-tiny, random weights", "depthwise 7x7 to InceptionDWConv2d", "one image of 224 x 224", result)
 
 
 def convnext_small() -> dict[str, Any]:
@@ -76,11 +96,9 @@ def convnext_small() -> dict[str, Any]:
         between.append(accuracy(model.eval()))
         _train(model, x, y, MORE, LESS)
 
-    report = convert(
-        net, is_depthwise, split_of, example_inputs=test_x[:64], evaluate=accuracy, finetune=further
-    ).report
+    result = convert(net, is_depthwise, split_of, example_inputs=test_x[:64], evaluate=accuracy, finetune=further)
     what = f"64 images of 28 x 28; {MORE} epoch of {IMAGES:,} images"
-    return _row("ConvNeXt blocks on Fashion-MNIST", "depthwise 7x7 to InceptionDWConv2d", what, report, between[0])
+    return _row("ConvNeXt blocks on Fashion-MNIST", "depthwise 7x7 to InceptionDWConv2d", what, result, between[0])
 
 
 def minilm() -> dict[str, Any]:
@@ -104,16 +122,16 @@ def minilm() -> dict[str, Any]:
             step()
         model.eval()
 
-    report = convert(
+    result = convert(
         net,
         lambda name, m: name.endswith("attention.self"),
         lambda old: EncoderMixer(_like(old)),
         example_inputs=task.example_inputs,
         evaluate=task.judge,
         finetune=further,
-    ).report
+    )
     what = f"32 sentences of 64 tokens; {STEPS} steps towards its own vectors"
-    return _row("MiniLM on STS-B", "softmax attention to nalaformer", what, report, between[0])
+    return _row("MiniLM on STS-B", "softmax attention to nalaformer", what, result, between[0])
 
 
 def _like(old: Any) -> Any:
@@ -128,11 +146,12 @@ CONVERSIONS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def _row(network: str, change: str, what: str, report: Any, between: float | None = None) -> dict[str, Any]:
+def _row(network: str, change: str, what: str, result: Any, between: float | None = None) -> dict[str, Any]:
+    report = result.report
     return {
         "network": network,
         "change": change,
-        "layers": len(report.layers),
+        "layers": len(result.recipe["converted"]),
         "measured_on": what,
         "metric": report.metric,
         "before": report.metric_before,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._validate import check_int, check_type
-from quernel.nn._fft_conv_op import convolve, fft_conv_op, fft_size, kernel_spectra, least_size
+from quernel.nn._fft_conv_op import convolve, fft_conv_run, fft_size, kernel_spectra, least_size
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,8 @@ def fft_conv(
     factors = _factors(skip, kernels)
     size = 0 if n == "auto" else check_int("n", n, low=1)
     wide = _wide(u, kernels)
-    y = fft_conv_op(
-        u.to(wide), kernels.to(wide).contiguous(), None if factors is None else factors.to(wide), size, rows
-    )
+    operands = u.to(wide), kernels.to(wide).contiguous(), None if factors is None else factors.to(wide)
+    y = fft_conv_run(*operands, size, rows)
     y = y.to(u.dtype)
     return y if k.ndim - bidirectional == 3 else y[:, 0]
 
