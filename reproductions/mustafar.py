@@ -7,7 +7,7 @@ schedule of the paper's accuracy experiments; that ``MustafarCache(block=1)`` gi
 
 A character model hardly needs what lies far back in plain text: there a rule may cost no more than the noise, and
 little can be told about their order.  So the same comparisons are checked where the text is a second copy of its first
-half and the model was trained to look there.
+half; they say more than plain text does only if the second copy costs the model less than the first.
 
 On stories260K the magnitude of keys says little: heads have 8 numbers, and their channels a part that all tokens share,
 which takes the places of what differs between them.  Weighing channels by the queries, or taking the mean of each

@@ -178,7 +178,7 @@ def test_tiny_lm_goes_on_with_repeated_passages(monkeypatch: pytest.MonkeyPatch)
     assert not torch.equal(plain.embed_tokens.weight, repeated.embed_tokens.weight)
     found = _lm_training.tiny_lm_measured(text="repeated", steps=3)
     assert found["test_loss_of_a_second_copy"] > 0
-    assert "tiny-lm-repeated" in str(_cached.folder_of("tiny-lm-repeated", _lm_training.recipe(3, "repeated")))
+    assert _cached.folder_of("tiny-lm-repeated", _lm_training.recipe(3, "repeated")).is_dir()
     with pytest.raises(QuernelError, match="text must be one of"):
         models.tiny_lm(text="other")
 
@@ -186,7 +186,7 @@ def test_tiny_lm_goes_on_with_repeated_passages(monkeypatch: pytest.MonkeyPatch)
 def test_the_loss_of_a_second_copy_is_that_of_its_tokens() -> None:
     model = TinyLM(vocab_size=9, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16, context=64).eval()
     passages = torch.randint(0, 9, (3, 20), generator=torch.Generator().manual_seed(0))
-    logits = model(torch.cat((passages, passages), dim=1)).log_softmax(-1)
+    logits = model(torch.cat((passages, passages), dim=1)).log_softmax(-1).detach()
     wanted = [-logits[b, 20 + t - 1, passages[b, t]] for b in range(3) for t in range(20)]
     assert _lm_training._second_copy_loss(model, passages) == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-5)
     assert _lm_training.repeated(torch.tensor([[1, 2, 3]]), 7).tolist() == [[1, 2, 3, 1, 2, 3, 1]]

@@ -24,7 +24,7 @@ class CacheReport:
     Parameters
     ----------
     tokens : int
-        Tokens that have passed, all sequences together, padding left out where it is not stored.
+        Tokens that have passed, padding included, all sequences together.
     bytes_stored : int
         Bytes of all layers and sequences, whatever they lie in.
     bytes_resident : int
@@ -97,15 +97,12 @@ class Cache(TransformersCache, ABC):
         rows = [row for layer in self.layers for row in layer.rows]
         held = [(layer.get_seq_length(), layer) for layer in self.layers if layer.rows]
         return CacheReport(
-            tokens=max((length for length, _ in held), default=0) * self._sequences(),
+            tokens=max((length * len(layer.rows) for length, layer in held), default=0),
             bytes_stored=self.nbytes,
-            bytes_resident=sum(getattr(row, "resident_nbytes", row.nbytes) for row in rows),
+            bytes_resident=sum(row.resident_nbytes for row in rows),
             bytes_dense=sum(length * len(layer.rows) * layer.dense_bytes_a_token for length, layer in held),
             details=self._details(rows),
         )
-
-    def _sequences(self) -> int:
-        return len(self.layers[0].rows)
 
 
 def tokens_in(config: Any, budget: int | None, budget_bytes: int | None, dtype: torch.dtype | None = None) -> int:
@@ -137,7 +134,13 @@ def tokens_in(config: Any, budget: int | None, budget_bytes: int | None, dtype: 
 def bytes_a_token(config: Any, dtype: torch.dtype | None = None) -> int:
     """Return the bytes of one token's keys and values in the plain cache, all layers together."""
     decoder = config.get_text_config(decoder=True)
-    heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
-    dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+    heads, dim = key_heads(decoder)
     chosen = dtype or getattr(decoder, "dtype", None) or torch.float32
     return int(2 * heads * dim * decoder.num_hidden_layers * torch.empty((), dtype=chosen).element_size())
+
+
+def key_heads(decoder: Any) -> tuple[int, int]:
+    """Return the key heads of a layer and the numbers of each, from the config of a decoder."""
+    heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
+    dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+    return int(heads), int(dim)

@@ -52,6 +52,11 @@ class CacheRow(ABC):
         """Bytes stored."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors())
 
+    @property
+    def resident_nbytes(self) -> int:
+        """Those of them in memory."""
+        return self.nbytes
+
     def clone(self) -> Self:
         """Return a row that shares nothing with this one."""
         return copy.deepcopy(self)

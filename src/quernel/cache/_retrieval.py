@@ -15,11 +15,9 @@ While the row is so short that dense attention is as fast, everything stays in t
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections import deque
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -195,10 +193,6 @@ class RetrievalRow(CacheRow):
     def resident_nbytes(self) -> int:
         """Bytes in memory."""
         return super().nbytes
-
-    def clone(self) -> Self:
-        """Return a row that shares nothing with this one, its file neither."""
-        return copy.deepcopy(self)
 
     def _stay_dense(self, more: int) -> None:
         """Leave the dense form if so many more tokens make the row too long for it."""

@@ -19,7 +19,7 @@ from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice, check_int
 from quernel.cache._bitmap_attention import attend
-from quernel.cache._cache import Cache, bytes_a_token
+from quernel.cache._cache import Cache, bytes_a_token, key_heads
 from quernel.cache._layer import CacheRow, dense_step
 from quernel.cache.bitmap_rows import KINDS, MAX_DIM, BitmapRows
 from quernel.cache.pruning import kept_channels
@@ -239,7 +239,7 @@ class MustafarCache(Cache):
         if min_packed is not None:
             check_int("min_packed", min_packed, low=0)
         super().__init__(config)
-        dim = check_int("head_dim", _head_dim(self.config), low=1, high=MAX_DIM)
+        dim = check_int("head_dim", key_heads(self.config)[1], low=1, high=MAX_DIM)
         self.kept = {
             "kept_k": kept_channels(dim, k_sparsity, "k_sparsity"),
             "kept_v": kept_channels(dim, v_sparsity, "v_sparsity"),
@@ -268,9 +268,8 @@ class MustafarCache(Cache):
 
     def _packed_bytes(self) -> int:
         """Return the bytes of one packed token, all layers together."""
-        dim = _head_dim(self.config)
+        heads, dim = key_heads(self.config)
         dtype = self.schedule.value_dtype or getattr(self.config, "dtype", None) or torch.float32
-        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
         row = 2 * 8 * -(-dim // 64) + sum(self.kept.values()) * dtype.itemsize
         return int(heads * self.config.num_hidden_layers * row)
 
@@ -286,10 +285,6 @@ class MustafarCache(Cache):
             **{name: float(n) for name, n in self.kept.items()},
             "crossover": float(self.crossover),
         }
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -4,8 +4,9 @@ Muon for the matrices (1.60 against 1.83 nats with AdamW after a million tokens)
 and norms, linear warm-up and decay, bfloat16 products where the processor has them. Most crops are short
 because they are cheap; every fourth step sees full contexts, so that all positions are trained.
 
-A second model goes on from there on passages that are repeated until the crop is full. What comes next is then written
-far back in the context, and only a model that looks there knows it: the fixture for everything that forgets.
+A second model goes on from there on passages that are repeated until the crop is full, so that what comes next is
+written far back in the context. Whether it looks there is measured (``test_loss_of_a_second_copy``): with this recipe
+it does not yet, 1.60 nats a character against 1.59 of plain text.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def tiny_lm(*, text: str = "plain", steps: int | None = None, progress: Progress
     Parameters
     ----------
     text : {"plain", "repeated"}
-        ``"repeated"`` is trained further on passages that follow themselves again and again, so that it has learned to
-        look for what came before far back in the context.
+        ``"repeated"`` is trained further on passages that follow themselves again and again; see the module about what
+        it has learned of that.
     steps : int, optional
         Fewer training steps give another, worse model with a cache folder of its own; for tests.
     progress : callable, optional

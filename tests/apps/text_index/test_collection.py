@@ -80,9 +80,11 @@ def test_removed_files_are_not_found_and_not_saved(texts: Path, encoder: WordCou
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_in(texts: Path, encoder: WordCounter) -> None:
-    (texts / "bad.txt").write_bytes(b"\xff\xfe")
+    # Between the others and behind them: what was waiting when it came is not forgotten.
+    for name in ("bad.txt", "zbad.txt"):
+        (texts / name).write_bytes(b"\xff\xfe")
     index = TextIndex("flat", DIM, encoder)
-    assert [("bad.txt" in reason) for reason in index.add_path(texts)] == [True]
+    assert ["bad.txt" in reason for reason in index.add_path(texts)] == [True, True]
     assert index.files == sorted(TEXTS)
     with pytest.raises(DataError, match=r"bad\.txt"):
         index.add_path(texts / "bad.txt")

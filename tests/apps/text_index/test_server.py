@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import uvicorn
 
-from quernel._errors import FormatError
+from quernel._errors import FormatError, QuernelError
 from quernel.apps.text_index import TextIndex, make_app
-from tests.apps.text_index.conftest import DIM, TEXTS, WordCounter
+from quernel.apps.text_index.server import _Served
+from tests.apps.text_index.conftest import DIM, WordCounter
 from tests.report.chromium import Chromium
 
 EVIL = "<img src=x onerror=alert(1)> said the bear."
@@ -110,6 +111,23 @@ def test_a_newer_save_is_served(index: TextIndex, tmp_path: Path) -> None:
     assert len(prepared) == 2, "loaded once, and again after the save"
 
 
+def test_answers_under_way_outlive_the_next_save(index: TextIndex, tmp_path: Path) -> None:
+    folder = index.save(tmp_path / "index")
+    served = _Served(folder, lambda loaded: loaded.spread(2, workers="threads"))
+    first = served.get()
+    first.encoder = index.encoder
+    index.add("new.txt", "Whales sing under water.")
+    index.save(folder)
+    second = served.get()
+    assert second is not first and len(second) == len(first) + 1
+    assert first.search("dogs bark", 1)[0].file == second.search("dogs bark", 1)[0].file == "animals/dogs.md"
+    index.remove("new.txt")
+    index.save(folder)
+    served.get()
+    with pytest.raises(QuernelError):
+        first.search("dogs bark", 1)
+
+
 def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError):
         make_app(tmp_path)
@@ -139,7 +157,3 @@ def test_the_page_searches(index: TextIndex, chromium: Chromium) -> None:
         chromium.open(f"{url}/?q=snow+falls", width=390, height=800, dark=True)
         chromium.wait_for(f"document.querySelector('#hits li') && {first}.includes('weather.txt')")
         assert chromium.js("document.documentElement.scrollWidth <= innerWidth")
-
-
-def test_the_texts_of_the_fixture_are_there(index: TextIndex) -> None:
-    assert set(TEXTS) < set(index.files)

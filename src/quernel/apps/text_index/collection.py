@@ -64,8 +64,9 @@ class TextIndex(ArrayFolder):
     Examples
     --------
     >>> index = TextIndex()
-    >>> index.add("notes.txt", "The cat sat on the mat.")    # doctest: +SKIP
-    >>> index.search("Where is the cat?", k=1)[0].file       # doctest: +SKIP
+    >>> index.add("notes.txt", "The cat sat on the mat.")
+    1
+    >>> index.search("Where is the cat?", k=1)[0].file
     'notes.txt'
     """
 
@@ -159,14 +160,16 @@ class TextIndex(ArrayFolder):
             if name not in self._sources or self._sources[name].digest != digest:
                 held.append((name, digest, passages_of(text)))
             waiting = sum(len(passages) for _, _, passages in held)
-            if waiting >= max(batch, len(self) // GROWTH) or (number == len(files) and held):
+            if waiting >= max(batch, len(self) // GROWTH):
                 self._put(held)
                 held = []
                 if save_to is not None:
                     self.save(save_to)
             if progress is not None:
                 progress(f"reading and encoding, {len(self)} passages", number / len(files))
-        if save_to is not None and not (Path(save_to) / "config.json").exists():
+        # The last batch, whatever the last file was; an index of nothing is saved too.
+        self._put(held)
+        if save_to is not None:
             self.save(save_to)
         return bad
 

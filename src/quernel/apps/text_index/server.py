@@ -4,8 +4,9 @@
     GET /api/search?q=&k=      {"query", "seconds", "hits": [{"score", "file", "line", "text"}]}
     GET /api/info              {"passages", "files", "kind", "nbytes"}
 
-An index that is served from a folder is read again when a newer one has been saved there; answers that are under way
-come from the old one.  Nothing but the page itself is loaded by the browser, and texts are never read as HTML.
+An index that is served from a folder is read again when a newer one has been saved there; the old one stays open until
+the next is read, for answers that are under way.  Nothing but the page itself is loaded by the browser, and texts are
+never read as HTML.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class _Served:
         self._lock = threading.Lock()
         self._prepare, self._path, self._stamp = prepare, None if isinstance(source, TextIndex) else source, 0
         self._index = prepare(source) if isinstance(source, TextIndex) else None
+        self._retired: TextIndex | None = None
 
     def get(self) -> TextIndex:
         with self._lock:
@@ -64,8 +66,11 @@ class _Served:
         old, new = self._index, TextIndex.load(self._path or "")
         if old is not None:
             new.encoder = old.encoder
-            old.close()
-        return self._prepare(new)
+        made = self._prepare(new)
+        if self._retired is not None:
+            self._retired.close()
+        self._retired = old
+        return made
 
 
 def as_it_is(index: TextIndex) -> TextIndex:
