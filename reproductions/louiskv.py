@@ -108,11 +108,21 @@ QUALITY: dict[str, Any] = {
 }
 
 
-def quality(name: str, seed: int, least_gap: float = 0.0) -> Outcome:
+def gaps_of(name: str, seed: int) -> dict[str, float]:
+    """Return by how much each method's loss is above the full cache's at an eighth of the tokens."""
     found = compared(name, seed, 0.125)
-    gaps = {method: found[method]["loss"] - found[FULL]["loss"] for method in (OURS, QUEST, WINDOW)}
-    if gaps[WINDOW] < least_gap:
-        raise Void(f"the window loses {gaps[WINDOW]:.3f} nats: this text does not ask for what is far back")
+    return {method: found[method]["loss"] - found[FULL]["loss"] for method in (OURS, QUEST, WINDOW)}
+
+
+def check_asks_far_back(seed: int) -> None:
+    """Refuse to judge on repeated passages while the model does not look at their first copies."""
+    gap = gaps_of("repeated", seed)[WINDOW]
+    if gap < LEAST_GAP:
+        raise Void(f"the window loses {gap:.3f} nats: this text does not ask for what is far back")
+
+
+def quality(name: str, seed: int) -> Outcome:
+    found, gaps = compared(name, seed, 0.125), gaps_of(name, seed)
     checks = {"at most Quest's loss + 0.005": gaps[OURS] <= gaps[QUEST] + 0.005}
     return Outcome(gaps[OURS], gaps[WINDOW], checks, table(found), [f"tau {tau_of(name):.3f}"])
 
@@ -125,7 +135,8 @@ def quality(name: str, seed: int, least_gap: float = 0.0) -> Outcome:
     **QUALITY,
 )
 def repeated_passages(seed: int) -> Outcome:
-    return quality("repeated", seed, LEAST_GAP)
+    check_asks_far_back(seed)
+    return quality("repeated", seed)
 
 
 @louiskv.claim(
@@ -151,6 +162,7 @@ def stories(seed: int) -> Outcome:
     seeds=(0, 1, 2),
 )
 def recall(seed: int) -> Outcome:
+    check_asks_far_back(seed)
     found = compared("repeated", seed, 0.25, audit=True)
     mine, other = found[OURS]["covered"], found[QUEST]["covered"]
     return Outcome(mine, other, {"more than Quest": mine > other}, table(found), [f"tau {tau_of('repeated'):.3f}"])
@@ -171,6 +183,7 @@ NO_WORSE, NO_BETTER = "loss within 0.01 of choosing always", "fixed intervals at
     seeds=(0, 1, 2),
 )
 def locality(seed: int) -> Outcome:
+    check_asks_far_back(seed)
     model, ids, tau = model_of("repeated"), texts("repeated", "test", seed), tau_of("repeated")
     options = louis_options(ids.shape[1] // 8, best("repeated", OURS, 0.125))
     adaptive, always = (LouisKVCache(model.config, tau=t, **options) for t in (tau, 2.0))
