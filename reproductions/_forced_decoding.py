@@ -14,8 +14,9 @@ from quernel import data
 from quernel.cache import LouisKVCache, attention
 from quernel.cache.louiskv import LouisKVRow
 from quernel.models import TinyLM
+from quernel.models._lm_copying import repeated
 from quernel.models._lm_tasks import windows_of
-from quernel.models._lm_training import repeated, tiny_lm
+from quernel.models._lm_training import tiny_lm
 
 ROWS = 4
 

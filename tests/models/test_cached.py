@@ -13,7 +13,7 @@ from torch import nn
 from quernel import data, models
 from quernel._errors import DataError, FormatError, QuernelError
 from quernel.data import Text
-from quernel.models import DigitsCNN, TinyLM, _cached, _lm_training, digits_cnn
+from quernel.models import DigitsCNN, TinyLM, _cached, _lm_copying, _lm_training, digits_cnn
 
 SMALL = {"channels": [4, 4, 4], "hidden_dim": 8}
 
@@ -171,7 +171,8 @@ def test_tiny_lm_goes_on_with_repeated_passages(monkeypatch: pytest.MonkeyPatch)
     torch.set_num_threads(1)
     _small_recipe(monkeypatch)
     monkeypatch.setattr(_lm_training, "STEPS", 2)
-    monkeypatch.setattr(_lm_training, "_SHORTEST", 2)
+    monkeypatch.setattr(_lm_copying, "_SHORTEST", 2)
+    monkeypatch.setattr(_lm_copying, "STAGES", ((4, 2), (8, 1)))
     before = torch.get_rng_state()
     plain, repeated = models.tiny_lm(), models.tiny_lm(text="repeated", steps=3)
     assert torch.equal(before, torch.get_rng_state())
@@ -188,8 +189,25 @@ def test_the_loss_of_a_second_copy_is_that_of_its_tokens() -> None:
     passages = torch.randint(0, 9, (3, 20), generator=torch.Generator().manual_seed(0))
     logits = model(torch.cat((passages, passages), dim=1)).log_softmax(-1).detach()
     wanted = [-logits[b, 20 + t - 1, passages[b, t]] for b in range(3) for t in range(20)]
-    assert _lm_training._second_copy_loss(model, passages) == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-5)
-    assert _lm_training.repeated(torch.tensor([[1, 2, 3]]), 7).tolist() == [[1, 2, 3, 1, 2, 3, 1]]
+    assert _lm_copying.second_copy_loss(model, passages) == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-5)
+    assert _lm_copying.repeated(torch.tensor([[1, 2, 3]]), 7).tolist() == [[1, 2, 3, 1, 2, 3, 1]]
+
+
+def test_random_letters_count_from_their_second_copy_on_and_text_counts_whole() -> None:
+    assert [_lm_copying._longest(step) for step in (0, 799, 800, 1399, 5000)] == [32, 32, 64, 512, 512]
+    text = torch.arange(200, 256).repeat(40)
+    for longest, rows_of_text in ((32, 0), (64, 8)):
+        tokens, counts = _lm_copying._batch(text, longest, torch.Generator().manual_seed(0))
+        assert tokens.shape == (2048 // (2 * longest), 2 * longest + 1)
+        assert counts.shape == (len(tokens), 2 * longest)
+        whole = counts.all(dim=1)
+        assert int(whole.sum()) == rows_of_text
+        assert (tokens[whole] >= 200).all()
+        for row, count in zip(tokens[~whole], counts[~whole].bool(), strict=True):
+            size = int((~count).sum())
+            assert 8 <= size <= longest
+            assert ((row >= 32) & (row < 96)).all()
+            assert torch.equal(row, _lm_copying.repeated(row[None, :size], len(row))[0])
 
 
 def _absent(name: str, *, split: str) -> Text:

@@ -22,7 +22,7 @@ def warmup(json: Json = False) -> None:
         note(f"compiling {module}")
         start = time.perf_counter()
         importlib.import_module(module)._warmup()
-        rows.append({"module": module, "seconds": round(time.perf_counter() - start, 3)})
+        rows.append({"module": module, "seconds": time.perf_counter() - start})
     if json:
         emit(rows)
     else:

@@ -4,9 +4,7 @@ Muon for the matrices (1.60 against 1.83 nats with AdamW after a million tokens)
 and norms, linear warm-up and decay, bfloat16 products where the processor has them. Most crops are short
 because they are cheap; every fourth step sees full contexts, so that all positions are trained.
 
-A second model goes on from there on passages that are repeated until the crop is full, so that what comes next is
-written far back in the context. Whether it looks there is measured (``test_loss_of_a_second_copy``): with this recipe
-it does not yet, 1.60 nats a character against 1.59 of plain text.
+A second model goes on from there and learns to copy: see ``models._lm_copying``.
 """
 
 from __future__ import annotations
@@ -20,31 +18,29 @@ from torch.nn import functional as F
 
 from quernel import data
 from quernel._validate import check_choice, check_int
+from quernel.models import _lm_copying
 from quernel.models._cached import Progress, measured, seeded, trained
-from quernel.models._lm_tasks import NegativeCrossEntropy, windows_of
+from quernel.models._lm_tasks import NegativeCrossEntropy
 from quernel.models.decoder import TinyLM
 
 STEPS = 1500
-REPEATED_STEPS = 600
 TEXTS = ("plain", "repeated")
 _ARCHITECTURE = {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 344, "context": 1024}
 _TOKENS_A_STEP = 4096
 _SHORT, _LONG, _LONG_EVERY = 256, 1024, 4
 _LEARNING_RATE, _WARM_UP, _LAST = 1.5e-2, 30, 0.02
 _WEIGHT_DECAY, _CLIP = 0.1, 1.0
-# A passage that is repeated has between so many tokens and half of the crop.
-_SHORTEST = 16
 
 
 def recipe(steps: int | None = None, text: str = "plain") -> dict[str, Any]:
     """Return everything that decides the weights; its digest names the cache folder."""
-    steps = (STEPS if text == "plain" else REPEATED_STEPS) if steps is None else steps
-    more = {} if text == "plain" else {"text": text, "from": recipe(), "shortest": _SHORTEST}
-    return more | {
+    if text == "repeated":
+        return {"text": text, "from": recipe()} | _lm_copying.settings(_lm_copying.STEPS if steps is None else steps)
+    return {
         "version": 1,
         "data": "tinyshakespeare/train",
         "seed": 0,
-        "steps": steps,
+        "steps": STEPS if steps is None else steps,
         "tokens_a_step": _TOKENS_A_STEP,
         "crops": [_SHORT, _LONG, _LONG_EVERY],
         "learning_rate": [_LEARNING_RATE, _WARM_UP, _LAST],
@@ -60,8 +56,7 @@ def tiny_lm(*, text: str = "plain", steps: int | None = None, progress: Progress
     Parameters
     ----------
     text : {"plain", "repeated"}
-        ``"repeated"`` is trained further on passages that follow themselves again and again; see the module about what
-        it has learned of that.
+        ``"repeated"`` is trained further on passages that follow themselves, until it copies what is far back.
     steps : int, optional
         Fewer training steps give another, worse model with a cache folder of its own; for tests.
     progress : callable, optional
@@ -91,11 +86,6 @@ def tiny_lm_measured(*, text: str = "plain", steps: int | None = None) -> dict[s
     return measured(_folder(text), recipe(steps, text))
 
 
-def repeated(passages: Tensor, length: int) -> Tensor:
-    """Return passages, shape (B, n), followed by themselves until there are ``length`` tokens, shape (B, length)."""
-    return passages.repeat(1, -(-length // passages.shape[1]))[:, :length]
-
-
 def _folder(text: str) -> str:
     return "tiny-lm" if text == "plain" else f"tiny-lm-{text}"
 
@@ -106,63 +96,41 @@ def _train(chosen: Mapping[str, Any], progress: Progress | None) -> tuple[TinyLM
     model = cast(TinyLM, model).train()
     splits = ("train", "validation", "test")
     ids = {split: model.encode(data.load("tinyshakespeare", split=split).text) for split in splits}
-    generator = torch.Generator().manual_seed(chosen["seed"])
+    learn = _lm_copying.learn_to_copy if again else _learn_text
+    learn(model, ids["train"], chosen["steps"], chosen["seed"], progress)
+    model.eval()
+    found = {}
+    for split in ("validation", "test"):
+        found[f"{split}_loss"] = -NegativeCrossEntropy.of(ids[split], model.context)(model)
+        passages = _lm_copying.second_copies(ids[split], model.context)
+        found[f"{split}_loss_of_a_second_copy"] = _lm_copying.second_copy_loss(model, passages)
+    return model, found
+
+
+def _learn_text(model: TinyLM, ids: Tensor, steps: int, seed: int, progress: Progress | None) -> None:
+    generator = torch.Generator().manual_seed(seed)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers: tuple[torch.optim.Optimizer, ...] = (
         torch.optim.Muon(matrices, weight_decay=_WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0),
     )
-    steps, loss = chosen["steps"], torch.tensor(float("nan"))
     for step in range(steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * min((step + 1) / _WARM_UP, max(1 - step / steps, _LAST))
             optimizer.zero_grad()
-        crops = _crops(ids["train"], _LONG if step % _LONG_EVERY == 0 else _SHORT, generator)
-        loss = _loss(model, _with_repeats(crops, generator) if again else crops)
+        crops = _crops(ids, _LONG if step % _LONG_EVERY == 0 else _SHORT, generator)
+        logits = _lm_copying.logits_of(model, crops[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
         for optimizer in optimizers:
             optimizer.step()
         if progress is not None and step % 10 == 0:
             progress(f"training tiny-lm, {loss.item():.2f} nats a character", step / steps)
-    model.eval()
-    found = {}
-    for split in ("validation", "test"):
-        found[f"{split}_loss"] = -NegativeCrossEntropy.of(ids[split], model.context)(model)
-        passages = windows_of(ids[split], model.context // 2)[:, :-1]
-        found[f"{split}_loss_of_a_second_copy"] = _second_copy_loss(model, passages)
-    return model, found
 
 
 def _crops(ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
     starts = torch.randint(len(ids) - length - 1, (_TOKENS_A_STEP // length,), generator=generator)
     return torch.stack([ids[start : start + length + 1] for start in starts.tolist()])  # (B, length + 1)
-
-
-def _with_repeats(crops: Tensor, generator: torch.Generator) -> Tensor:
-    """Return crops of which every second holds a passage of its text again and again."""
-    length = crops.shape[1]
-    size = int(torch.randint(_SHORTEST, length // 2 + 1, (), generator=generator))
-    crops[::2] = repeated(crops[::2, :size], length)
-    return crops
-
-
-@torch.no_grad()
-def _second_copy_loss(model: TinyLM, passages: Tensor) -> float:
-    """Return the mean loss of the second copy of each passage, shape (n, L), in nats a token."""
-    length, total = passages.shape[1], 0.0
-    for part in passages.split(8):
-        logits = model(repeated(part, 2 * length - 1))[:, length - 1 :]
-        total += float(F.cross_entropy(logits.flatten(0, 1), part.flatten(), reduction="sum"))
-    return total / passages.numel()
-
-
-def _loss(model: TinyLM, crops: Tensor) -> Tensor:
-    # Older torch cannot tell and trains in float32: emulated bfloat16 would be slower.
-    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-        logits = model(crops[:, :-1])
-    return F.cross_entropy(logits.float().flatten(0, 1), crops[:, 1:].flatten())
