@@ -7,6 +7,7 @@ A page marks its generated parts with `<!-- generated: NAME -->` and `<!-- end -
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -209,10 +210,33 @@ def _results() -> list[dict[str, Any]]:
 
 def _claims_table(found: list[Claim]) -> str:
     rows = [
-        [c.verdict, c.claim, c.metric, _number(c.ours), f"{_number(c.baseline)} ({c.baseline_name})", c.scale, c.data]
+        [
+            c.verdict,
+            c.claim,
+            c.metric,
+            _with_notes(c.ours, _spread(c.ours_by_seed)),
+            _with_notes(c.baseline, c.baseline_name, _spread(c.baseline_by_seed)),
+            c.scale,
+            c.data,
+        ]
         for c in found
     ]
     return _table(["verdict", "claim of the paper", "metric", "ours", "baseline", "scale", "data"], rows)
+
+
+def _with_notes(value: float, *notes: str) -> str:
+    held = "; ".join(note for note in notes if note)
+    return f"{_number(value)} ({held})" if held else _number(value)
+
+
+def _spread(by_seed: tuple[float, ...]) -> str:
+    """Return the lowest and the highest value over the seeds; nothing for one seed, or where none were kept."""
+    if len(by_seed) < 2:
+        return ""
+    finite = [value for value in by_seed if math.isfinite(value)]
+    lost = f"{len(by_seed) - len(finite)} of {len(by_seed)} seeds without a number"
+    shown = [f"{_number(min(finite))} to {_number(max(finite))}"] * bool(finite)
+    return ", ".join([*shown, *[lost] * (len(finite) < len(by_seed))])
 
 
 def _benchmark_table(result: dict[str, Any]) -> str:
@@ -223,13 +247,33 @@ def _benchmark_table(result: dict[str, Any]) -> str:
             str(row["threads"]),
             _number(row["ours_ms"]),
             _number(row["peer_ms"]),
-            f"{_number(row['ratio'])}x",
+            _times_faster(row),
             f"{_number(row['target'])}x" if row.get("target") is not None else "",
-            {True: "yes", False: "no"}.get(row.get("ok"), ""),
+            _met(row),
         ]
         for row in result["rows"]
     ]
     return _table(["case", "peer", "threads", "ours, ms", "peer, ms", "times faster", "target", "met"], rows)
+
+
+def _absent(row: dict[str, Any]) -> bool:
+    """Whether there was nothing to time on the other side."""
+    return row["ratio"] is None and str(row.get("note", "")).startswith("unavailable")
+
+
+def _times_faster(row: dict[str, Any]) -> str:
+    if row["ratio"] is not None:
+        return f"{_number(row['ratio'])}x"
+    if not _absent(row):
+        return "not timed"
+    return "not installed" if re.search("not installed|cannot be imported", row["note"]) else "not available"
+
+
+def _met(row: dict[str, Any]) -> str:
+    """Return whether the target was met: nothing where there is no target, or nothing to compare with."""
+    if row.get("target") is None or _absent(row):
+        return ""
+    return "yes" if row["ok"] else "no"
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

@@ -31,6 +31,8 @@ A script declares its claims, each with the rule that judges it, before anything
 - *partly*: the rule holds but a check fails, or only the weaker ``partly=`` bound is met;
 - *not reproduced*: otherwise; the row stays in the ledger, with the reason in the script's docstring.
 
+The ledger keeps the medians and, a seed, both values: a verdict is to be read beside their spread.
+
 A claim function may raise ``quernel``'s ``DataError`` or ``MissingExtraError`` (nothing to do: the loaders
 raise them): the others still run, what is missing is said, and the script exits with 3. A timing on a busy
 machine raises ``Void(reason)``: nothing is recorded and the script exits with 4. Anything else is a bug and
@@ -275,6 +277,8 @@ class Reproduction:
             threshold=declared.threshold,
             verdict=declared.judge(outcomes),
             seeds=declared.seeds,
+            ours_by_seed=tuple(_rounded(o.ours) for o in outcomes),
+            baseline_by_seed=tuple(_rounded(o.baseline) for o in outcomes),
             seconds=round(wall, 1),
             date=datetime.datetime.now(datetime.UTC).date().isoformat(),
             command=f"python reproductions/{self.slug}.py --only {declared.name}",

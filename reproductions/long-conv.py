@@ -4,6 +4,11 @@ The claim is that shrinking every tap by lambda keeps free kernels from fitting 
 fitted: few images, pixel by pixel, trained until they are known by heart.  All arms are one network with lambda 0, the
 default, or twice that; no kernel dropout, so that nothing else differs.  The table holds every arm.  Language is read
 with ``H3Conv`` beside softmax attention of the same width.
+
+Images are 14 x 14, 196 steps, and 1,000 in number, for time alone: nine trainings take a quarter of an hour.  With 784
+steps and 2,000 images a step takes four to five times as long and as many epochs have twice the steps: over two hours.
+The smaller test is a weaker one.  80 epochs do not suffice for 98 % of the training images either (90 % without
+shrinking, 87 and 84 % with it), so that noise was fitted only in part; that check fails for every arm.
 """
 
 from __future__ import annotations

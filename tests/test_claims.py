@@ -54,6 +54,21 @@ def test_any_value_survives(claim, data, ours, seeds):
         assert read == written
 
 
+def test_values_by_seed_are_optional_and_survive(tmp_path):
+    ledger = tmp_path / "claims.toml"
+    by_seed = {"ours_by_seed": [1, math.nan], "baseline_by_seed": [3.0, math.inf]}
+    written = upsert_claim({**FIELDS, **by_seed}, ledger)
+    upsert_claim({**FIELDS, "claim": "An older one"}, ledger)
+    older, read = read_claims(ledger)
+    assert (older.ours_by_seed, older.baseline_by_seed) == ((), ())
+    assert read.ours_by_seed[0] == 1.0
+    assert math.isnan(read.ours_by_seed[1])
+    assert read.baseline_by_seed == (3.0, math.inf)
+    assert written.to_json() == {**FIELDS, "ours_by_seed": [1.0, None], "baseline_by_seed": [3.0, None]}
+    tables = tomllib.loads(ledger.read_text())["claim"]
+    assert [set(table) - set(FIELDS) for table in tables] == [set(), set(by_seed)]
+
+
 def test_upsert_replaces_by_slug_and_claim_and_sorts(tmp_path):
     ledger = tmp_path / "claims.toml"
     for slug, claim, ours in [("b", "x", 1), ("a", "y", 2), ("a", "x", 3), ("b", "x", 4)]:
@@ -115,6 +130,10 @@ def test_verdict_of(tmp_path, verdicts, expected):
         ({"seeds": []}, "'seeds' must be non-negative integers"),
         ({"seeds": [-1]}, "'seeds' must be non-negative integers"),
         ({"seeds": "01"}, "'seeds' must be a list"),
+        ({"ours_by_seed": [1.5, 1.5]}, "'ours_by_seed' and 'baseline_by_seed' must be given both"),
+        ({"ours_by_seed": [1.5], "baseline_by_seed": [3, 3]}, "'ours_by_seed' must hold one number a seed, 2"),
+        ({"ours_by_seed": [1.5, 1.5], "baseline_by_seed": [3, True]}, "'baseline_by_seed' must be a list of numbers"),
+        ({"ours_by_seed": 1.5, "baseline_by_seed": [3, 3]}, "'ours_by_seed' must be a list of numbers"),
         ({"seconds": math.inf}, "'seconds' must be finite"),
         ({"date": "31.1.2025"}, "'date' must read YYYY-MM-DD"),
         ({"extra": 1}, r"unknown \['extra'\]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from quernel._catalogue import list_methods
+from quernel._claims import Claim
 from quernel._registry import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +51,58 @@ def test_staleness_is_seen(generate: ModuleType, tmp_path: Path) -> None:
     assert fresh.endswith("after\n")
     assert "old" not in fresh
     assert "[crossquant](crossquant.md)" in fresh
+
+
+def test_what_was_not_measured_meets_no_target(generate: ModuleType) -> None:
+    timed = {"name": "a", "peer": "p", "threads": 1, "ours_ms": 1.0, "peer_ms": 2.0, "ratio": 2.0, "note": ""}
+    absent = {**timed, "ours_ms": None, "peer_ms": None, "ratio": None}
+    rows = [
+        {**timed, "target": 1.5, "ok": True},
+        {**timed, "target": 3.0, "ok": False},
+        {**timed, "target": None, "ok": True},
+        {**absent, "target": None, "ok": True, "note": "unavailable: timm cannot be imported: No module named 'timm'"},
+        {**absent, "target": 4.0, "ok": False, "note": "unavailable: local-attention is not installed"},
+        {**absent, "target": None, "ok": True, "note": "unavailable: this wheel has no such kernel"},
+        {**absent, "target": 4.0, "ok": False, "note": "gate failed: AssertionError: "},
+    ]
+    lines = generate._benchmark_table({"rows": rows}).splitlines()[2:]
+    assert [tuple(cell.strip() for cell in line.split("|")[-4:-1]) for line in lines] == [
+        ("2x", "1.5x", "yes"),
+        ("2x", "3x", "no"),
+        ("2x", "", ""),
+        ("not installed", "", ""),
+        ("not installed", "4x", ""),
+        ("not available", "", ""),
+        ("not timed", "4x", "no"),
+    ]
+
+
+def test_claims_show_their_spread(generate: ModuleType) -> None:
+    fields = {
+        "slug": "toy",
+        "paper": "",
+        "claim": "c",
+        "scale": "s",
+        "data": "d",
+        "metric": "m",
+        "ours": 2.0,
+        "baseline": 3.0,
+        "baseline_name": "dense",
+        "threshold": "ours >= 1",
+        "verdict": "reproduced",
+        "seeds": (0, 1),
+        "seconds": 1.0,
+        "date": "2025-01-31",
+        "command": "python reproductions/toy.py",
+    }
+    seen = {"ours_by_seed": (2.5, 1.5), "baseline_by_seed": (math.nan, 3.0)}
+    one = {"seeds": (0,), "ours_by_seed": (2.0,), "baseline_by_seed": (3.0,)}
+    lines = generate._claims_table([Claim(**fields), Claim(**fields, **seen), Claim(**{**fields, **one})]).splitlines()
+    assert [tuple(cell.strip() for cell in line.split("|")[4:6]) for line in lines[2:]] == [
+        ("2", "3 (dense)"),
+        ("2 (1.5 to 2.5)", "3 (dense; 3 to 3, 1 of 2 seeds without a number)"),
+        ("2", "3 (dense)"),
+    ]
 
 
 @pytest.mark.parametrize("row", list_methods(), ids=lambda row: str(row["slug"]))

@@ -41,6 +41,8 @@ _TEXTS = (
     "command",
 )
 _NUMBERS = ("ours", "baseline", "seconds")
+# Entries from before these were kept lack them.
+_BY_SEED = ("ours_by_seed", "baseline_by_seed")
 _LOCK_SECONDS = 60.0
 
 
@@ -70,6 +72,9 @@ class Claim:
         What the rule said.
     seeds : tuple of int
         Seeds of the runs.
+    ours_by_seed, baseline_by_seed : tuple of float
+        The values behind the medians, one a seed, in the order of ``seeds``.  Both or neither: empty, and left out of
+        the file, where they were not kept.
     seconds : float
         Wall time of the measurement.
     date : str
@@ -90,6 +95,8 @@ class Claim:
     threshold: str
     verdict: str
     seeds: tuple[int, ...]
+    ours_by_seed: tuple[float, ...] = ()
+    baseline_by_seed: tuple[float, ...] = ()
     seconds: float
     date: str
     command: str
@@ -119,27 +126,46 @@ class Claim:
         if not self.seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in self.seeds):
             raise QuernelError(f"claim field 'seeds' must be non-negative integers, at least one; got {self.seeds!r}")
         object.__setattr__(self, "seeds", tuple(self.seeds))
+        for name in _BY_SEED:
+            self._check_by_seed(name)
+        if bool(self.ours_by_seed) != bool(self.baseline_by_seed):
+            raise QuernelError(f"claim fields {' and '.join(map(repr, _BY_SEED))} must be given both or left out both")
         try:
             datetime.date.fromisoformat(self.date)
         except ValueError as error:
             raise QuernelError(f"claim field 'date' must read YYYY-MM-DD; got {self.date!r}") from error
 
+    def _check_by_seed(self, name: str) -> None:
+        values = getattr(self, name)
+        if not isinstance(values, tuple | list) or any(
+            isinstance(v, bool) or not isinstance(v, int | float) for v in values
+        ):
+            raise QuernelError(f"claim field {name!r} must be a list of numbers; got {values!r}")
+        if values and len(values) != len(self.seeds):
+            raise QuernelError(f"claim field {name!r} must hold one number a seed, {len(self.seeds)}; got {values!r}")
+        object.__setattr__(self, name, tuple(map(float, values)))
+
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Claim:
-        """Build a claim from exactly the fields of the ledger."""
-        missing, unknown = FIELDS - fields.keys(), fields.keys() - FIELDS
+        """Build a claim from exactly the fields of the ledger; the values by seed may be left out."""
+        missing, unknown = FIELDS - set(_BY_SEED) - fields.keys(), fields.keys() - FIELDS
         if missing or unknown:
             wrong = [f"missing {sorted(missing)}"] * bool(missing) + [f"unknown {sorted(unknown)}"] * bool(unknown)
             raise QuernelError(f"a claim has exactly the fields of the ledger; {' and '.join(wrong)}")
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values; a number that JSON cannot say (NaN, infinity) becomes None."""
-        fields = dataclasses.asdict(self) | {"seeds": list(self.seeds)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        """Return the fields of the table as JSON values; what JSON cannot say (NaN, infinity) becomes None."""
+        return {name: _json(value) for name, value in self._written().items()}
+
+    def _written(self) -> dict[str, Any]:
+        """Return the fields that its table in the ledger has."""
+        fields = {field.name: getattr(self, field.name) for field in _ORDER}
+        return {name: value for name, value in fields.items() if value or name not in _BY_SEED}
 
 
-FIELDS = frozenset(field.name for field in dataclasses.fields(Claim))
+_ORDER = dataclasses.fields(Claim)
+FIELDS = frozenset(field.name for field in _ORDER)
 
 
 def claims_path() -> Path:
@@ -229,13 +255,10 @@ def keep_claims(slug: str, claims: frozenset[str], path: str | os.PathLike[str] 
 def to_toml(claims: tuple[Claim, ...] | list[Claim]) -> str:
     """Return the text of a ledger."""
     tables = [
-        "\n".join(["[[claim]]", *(f"{field.name} = {_value(getattr(claim, field.name))}" for field in _ORDER)])
+        "\n".join(["[[claim]]", *(f"{name} = {_value(value)}" for name, value in claim._written().items())])
         for claim in sorted(claims, key=_key)
     ]
     return "\n\n".join([_HEADER.rstrip("\n"), *tables]) + "\n"
-
-
-_ORDER = dataclasses.fields(Claim)
 
 
 def _key(claim: Claim) -> tuple[str, str]:
@@ -281,9 +304,15 @@ def _locked(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _value(value: str | float | tuple[int, ...]) -> str:
+def _json(value: Any) -> Any:
     if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
+        return [_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _value(value: str | float | tuple[float, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(repr, value))}]"
     if isinstance(value, float):
         return repr(value)  # the shortest text that reads back to the same bits; nan and inf are TOML too
     return f'"{"".join(map(_escaped, value))}"'

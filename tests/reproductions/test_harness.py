@@ -73,6 +73,15 @@ def test_json_is_the_ledgers_row(tmp_path, capsys):
     assert row["threshold"] == "ours >= 1"
 
 
+def test_the_ledger_keeps_every_seed(tmp_path, capsys):
+    outcomes = [Outcome(2.0000001, 1), Outcome(4, 3), Outcome(math.nan, 2)]
+    book_of(("a", at_least(1), outcomes)).main(["--json", "--write", "--claims", str(tmp_path / "c.toml")])
+    row = last_json(capsys)
+    assert row["ours_by_seed"] == [2.0, 4.0, None]
+    assert row["baseline_by_seed"] == [1.0, 3.0, 2.0]
+    assert read_claims(tmp_path / "c.toml")[0].ours_by_seed[:2] == (2.0, 4.0)
+
+
 def test_several_rows_are_an_array_and_only_chooses(capsys):
     book = book_of(("a", at_least(1), [Outcome(2, 1)]), ("b", at_least(1), [Outcome(2, 1)]))
     assert book.main(["--json"]) == 0

@@ -119,7 +119,8 @@ class SoftmaxFreeAttention(_SharedQueries):
         Odd width of the depthwise convolution of the values, one kernel a head; None leaves it out.
     inverse : {"cholesky", "newton", "pinv"}, default="cholesky"
     norm : {"bottleneck", "token", None}, default="bottleneck"
-        As in ``quernel.nn.functional.nystrom_apply``; "token" where the size of inputs changes.
+        As in ``quernel.nn.functional.nystrom_apply``.  "token" bounds the matrix for any number of tokens; accuracy on
+        larger images than in training was lost with every norm.
     eps : float, default=0.01
         Added to the diagonal of the landmarks' kernel.
     iters : int, default=20

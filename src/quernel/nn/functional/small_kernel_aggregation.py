@@ -4,7 +4,7 @@
 
 G weight sets serve C channels: c, c + G, c + 2 G, ... share one (LSNet, arXiv 2503.23135).  The sum over places of g y
 is linear in each of g, x and w, so three ops, each the derivative of the others, give derivatives of any order.  CPUs
-with AVX-512 take compiled kernels at about the speed of memory; anything else adds shifted products, one a tap.
+with AVX-512 take compiled kernels; anything else adds shifted products, one a tap, in two to six times the time.
 """
 
 from __future__ import annotations
