@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from quernel.cache import PackedKVPool, prune_per_token
+from quernel.cache._packed_pool import make_pool
 from quernel.cache._pool import KVPool
 from quernel.cache._retrieval import Layout, RetrievalRow
 from quernel.cache.louiskv import LouisKVConfig, LouisKVRow
@@ -26,6 +28,8 @@ SMALL: dict[str, Any] = {
     "max_segment": 6,
     "dense_below": 0,
 }
+# Of 8 channels 4 of a key and 6 of a value stay; the places in the values are large enough to be among them.
+PRUNED: dict[str, Any] = {"k_sparsity": 0.5, "v_sparsity": 0.25}
 
 
 def stream(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,18 +46,27 @@ def stream(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[T
 
 def louis(keys: Tensor, values: Tensor, storage: str = "ram", **options: Any) -> LouisKVRow:
     settings = LouisKVConfig(**{**SMALL, **options})
-    return LouisKVRow(keys, values, settings, KVPool(HEADS, 2 * DIM, keys.dtype, storage))
+    return LouisKVRow(keys, values, settings, make_pool(keys, values, None, storage, settings.dropped))
 
 
-def quest(keys: Tensor, values: Tensor, budget: int = 12, page: int = 4, sink: int = 3, buffer: int = 8) -> QuestRow:
+def quest(
+    keys: Tensor,
+    values: Tensor,
+    budget: int = 12,
+    page: int = 4,
+    sink: int = 3,
+    buffer: int = 8,
+    dropped: tuple[float, float] | None = None,
+) -> QuestRow:
     layout = Layout(budget, sink, buffer, page, page, page, part=8 * page, dense_below=0)
-    return QuestRow(keys, values, layout, KVPool(HEADS, 2 * DIM))
+    return QuestRow(keys, values, layout, make_pool(keys, values, None, "ram", dropped))
 
 
 def reference(row: RetrievalRow, tau: float | None) -> Row:
     s = row.layout
     size = s.piece if tau is None else row._settings.cluster_size  # type: ignore[attr-defined]
-    return Row(s.budget, s.sink, s.buffer, size, s.shortest, s.longest, tau, part=s.part)
+    kept = (row.pool.kept[0], row.pool.kept[1]) if isinstance(row.pool, PackedKVPool) else None
+    return Row(s.budget, s.sink, s.buffer, size, s.shortest, s.longest, tau, part=s.part, kept=kept)
 
 
 def held(row: RetrievalRow, head: int) -> list[int]:
@@ -118,6 +131,13 @@ def check_partition(row: RetrievalRow, n: int) -> None:
         ([50], {"cluster_size": 1, "budget": 7}),
         ([50], {"cluster_size": 9, "max_segment": 3}),
         ([50], {"sink": 0, "buffer": 1, "max_segment": 1, "min_segment": 1, "cluster_size": 1}),
+        ([60], PRUNED),
+        ([1], PRUNED),
+        ([40, 30, 5, 1], {"tau": 0.8, **PRUNED}),
+        ([40], {"tau": -1.0, "budget": 20, **PRUNED}),
+        ([70], {"budget": 10_000, **PRUNED}),
+        ([50], {"k_sparsity": 0.7}),
+        ([50], {"v_sparsity": 0.7, "cluster_size": 1, "budget": 7}),
     ],
 )
 def test_louis_is_the_definition(chunks: list[int], options: dict[str, Any]) -> None:
@@ -130,7 +150,15 @@ def test_louis_is_the_definition(chunks: list[int], options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(
     ("chunks", "options"),
-    [([60], {}), ([1], {}), ([33, 7, 50], {}), ([60], {"sink": 0, "buffer": 1}), ([60], {"page": 1, "budget": 5})],
+    [
+        ([60], {}),
+        ([1], {}),
+        ([33, 7, 50], {}),
+        ([60], {"sink": 0, "buffer": 1}),
+        ([60], {"page": 1, "budget": 5}),
+        ([60], {"dropped": (0.5, 0.3)}),
+        ([33, 7, 50], {"dropped": (0.7, 0.0), "budget": 40}),
+    ],
 )
 def test_quest_is_the_definition(chunks: list[int], options: dict[str, Any]) -> None:
     _, keys, values = stream(2)
@@ -169,6 +197,27 @@ def test_query_heads_of_a_key_head_share_the_choice_by_the_mean_of_their_softmax
     assert row._room[0, :4, 0].tolist() == [1.0] * 4
 
 
+def test_a_pruned_pool_is_chosen_from_as_a_dense_one_and_joined_as_it_is_kept() -> None:
+    queries, keys, values = stream(260)
+    dense, pruned = louis(keys, values, tau=0.8), louis(keys, values, tau=0.8, **PRUNED)
+    for row in (dense, pruned):
+        row.extend(keys[:, :100], values[:, :100])
+    changed = 0
+    for t in range(100, 260):
+        step = queries[:, :, t], keys[:, t : t + 1], values[:, t : t + 1], SCALE
+        changed += not torch.allclose(dense.step(*step), pruned.step(*step))
+        for head in range(HEADS):
+            # Units are formed and scored while their keys are whole.
+            assert held(dense, head) == held(pruned, head)
+            places, local = held(pruned, head), slice(pruned._sinks + pruned._chosen, pruned._end)
+            chosen = slice(pruned._sinks, pruned._sinks + pruned._chosen)
+            record = torch.cat((keys, values), dim=-1)[head, places]
+            small = torch.cat((prune_per_token(keys, 0.5), prune_per_token(values, 0.25)), dim=-1)[head, places]
+            assert torch.equal(pruned._room[head, local], record[local])
+            assert torch.equal(pruned._room[head, chosen], small[chosen])
+    assert changed > 150 and dense.counts.selections == pruned.counts.selections > 20
+
+
 def test_counts_of_choices_grow_with_tau() -> None:
     queries, keys, values = stream(300)
     found = []
@@ -192,10 +241,12 @@ def test_a_permuted_store_answers_as_one_in_order() -> None:
     torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-6 * float(values.abs().max()))
 
 
-@pytest.mark.parametrize("threshold", [40, 75, 90])
-def test_a_dense_row_attends_to_all_and_then_becomes_what_it_would_have_been(threshold: int) -> None:
+@pytest.mark.parametrize(("threshold", "options"), [(40, {}), (75, {}), (90, {}), (75, PRUNED), (90, PRUNED)])
+def test_a_dense_row_attends_to_all_and_then_becomes_what_it_would_have_been(
+    threshold: int, options: dict[str, Any]
+) -> None:
     queries, keys, values = stream(160)
-    row = louis(keys, values, dense_below=threshold, tau=0.9)
+    row = louis(keys, values, dense_below=threshold, tau=0.9, **options)
     slow = reference(row, 0.9)
     for each in (row, slow):
         each.extend(keys[:, :70], values[:, :70])
@@ -250,10 +301,11 @@ def test_what_is_covered_is_the_share_of_the_full_softmax() -> None:
     assert row.counts.covered == pytest.approx(total, rel=1e-4)
 
 
-def test_a_clone_goes_its_own_way() -> None:
+@pytest.mark.parametrize("options", [{}, PRUNED], ids=["dense", "pruned"])
+def test_a_clone_goes_its_own_way(options: dict[str, Any]) -> None:
     queries, keys, values = stream(100)
     for storage in ("ram", "memmap"):
-        row = louis(keys, values, storage)
+        row = louis(keys, values, storage, **options)
         row.extend(keys[:, :60], values[:, :60])
         row.step(queries[:, :, 60], keys[:, 60:61], values[:, 60:61], SCALE)
         other = row.clone()
@@ -267,16 +319,18 @@ def test_a_clone_goes_its_own_way() -> None:
         assert torch.equal(first, again)
 
 
-def test_a_file_answers_as_memory_does() -> None:
+@pytest.mark.parametrize(("options", "record"), [({}, 2 * DIM * 4), (PRUNED, 8 + 4 * 4 + 8 + 6 * 4)])
+def test_a_file_answers_as_memory_does(options: dict[str, Any], record: int) -> None:
     queries, keys, values = stream(200)
-    rows = [louis(keys, values, storage) for storage in ("ram", "memmap")]
+    rows = [louis(keys, values, storage, **options) for storage in ("ram", "memmap")]
     for row in rows:
         row.extend(keys[:, :120], values[:, :120])
     for t in range(120, 200):
         step = queries[:, :, t], keys[:, t : t + 1], values[:, t : t + 1], SCALE
         assert torch.equal(*(row.step(*step) for row in rows))
     inside, outside = rows
-    assert outside.nbytes - outside.resident_nbytes == outside.pool.nbytes >= 100 * HEADS * 2 * DIM * 4
+    assert outside.nbytes - outside.resident_nbytes == outside.pool.nbytes == outside.pool.tokens * HEADS * record
+    assert outside.pool.tokens > 100
     assert outside.resident_nbytes < inside.resident_nbytes == inside.nbytes
 
 

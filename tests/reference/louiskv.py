@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quernel.kernels.clustering import kmeans
+from tests.reference import mustafar
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Row:
     tau: float | None  # None: Quest, pages of ``cluster_size`` and a choice at every step
     iterations: int = 10
     part: int = 2048
+    kept: tuple[int, int] | None = None  # channels of keys and of values that a pruned pool keeps
     keys: Tensor | None = None
     values: Tensor | None = None
     sinks: list[int] = field(default_factory=list)
@@ -147,9 +149,19 @@ class Row:
         return query @ keys.mean(0)
 
     def _attend(self, query: Tensor, head: int, tokens: list[int], scale: float) -> Tensor:
+        keys, values = self.held(head, tokens)
+        return (query @ keys.T * scale).softmax(-1) @ values
+
+    def held(self, head: int, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a head's tokens, as the pool keeps those that are neither sinks nor local."""
         assert self.keys is not None and self.values is not None
-        weights = (query @ self.keys[head, tokens].T * scale).softmax(-1)
-        return weights @ self.values[head, tokens]
+        found, whole = (self.keys[head, tokens], self.values[head, tokens]), {*self.sinks, *self.local}
+        if self.kept is not None:
+            for rows, n in zip(found, self.kept, strict=True):
+                for i, t in enumerate(tokens):
+                    if t not in whole:
+                        rows[i] = torch.tensor(mustafar.pruned(rows[i].tolist(), n))
+        return found
 
     def covered(self, query: Tensor, scale: float) -> float:
         """Return the share of the full softmax that falls on the working sets, mean over all query heads."""

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "LouisKVCache": (".louiskv", "hf"),
         "LouisKVConfig": (".louiskv", "hf"),
         "MustafarCache": (".mustafar", "hf"),
+        "PackedKVPool": "._packed_pool",
         "QuestCache": (".quest", "hf"),
         "WindowCache": (".window", "hf"),
         "attention": ("._attention", "hf"),

@@ -240,6 +240,38 @@ def add_rows(
     return types.void(kind, group, *[types.int64] * 9), emit
 
 
+@intrinsic(prefer_literal=True)
+def expand_row(typing: Any, size: Any, bitmaps: Any, values: Any, out: Any, channels: Any) -> Any:
+    """Write ``channels`` numbers of ``size`` bytes (4 or 2, known while compiling), zeros where none is kept."""
+    width = size.literal_value
+    lanes = 64 // width
+    element, masks = (I32, I16) if width == 4 else (I16, I32)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bitmaps, values, out, channels = args[1:]
+        e = Emitter(builder)
+        groups = builder.udiv(channels, I64(lanes))
+        rest = builder.sub(channels, builder.mul(groups, I64(lanes)))
+
+        def group(index: Any, place: Any) -> tuple[Any, Any, Any]:
+            bits = e.load(e.offset(bitmaps, index, lanes // 8), masks)
+            return bits, e.expand_load(place, bits, element), e.offset(out, index, 64)
+
+        def whole(index: Any, place: Any) -> list[Any]:
+            bits, numbers, to = group(index, place)
+            e.store(numbers, to)
+            return [e.offset(place, builder.zext(builder.ctpop(bits), I64), width)]
+
+        (place,) = e.loop(groups, [values], whole)
+        with builder.if_then(builder.icmp_unsigned("!=", rest, I64(0))):
+            _, numbers, to = group(groups, place)
+            there = builder.sub(builder.shl(masks(1), builder.trunc(rest, masks)), masks(1))
+            e.store_some(numbers, to, there)
+        return context.get_dummy_value()
+
+    return types.void(size, *[types.int64] * 4), emit
+
+
 @intrinsic
 def maximum(typing: Any, place: Any, vectors: Any) -> Any:
     """Return the largest of ``16 * vectors`` floats; NaN is passed over."""

@@ -1,4 +1,4 @@
-"""Compiled kernels of bitmap rows: packing, unpacking, products with queries, and attention over all of them.
+"""Compiled kernels of bitmap rows: packing, unpacking, products with queries, attention, and copies out of a pool.
 
 Rows lie in parts: pages of packed rows, and the dense rows of the newest tokens.  ``attend`` works on items (head, run
 of parts) and keeps the softmax's maximum and sum of each, so that items, packed or dense, are joined exactly
@@ -23,6 +23,7 @@ from quernel.cache._bitmap_intrinsics import (
     HALF,
     TILE,
     add_rows,
+    expand_row,
     maximum,
     multiply_rows,
     powers,
@@ -299,5 +300,51 @@ def weigh(kind: int, group: int, plain: bool) -> Any:
             for q in range(group):
                 for c in range(width):
                     out[head, p, q, order[c]] = held[q, c]
+
+    return run
+
+
+@functools.cache
+def expand_ranges(size: int) -> Any:
+    """Return the jitted copy of ranges of records whose sides keep some of their numbers of ``size`` bytes.
+
+    ``(source, first, width, sides, starts, counts, out, stride, low, high)`` does what ``copy_ranges`` does.
+
+    sides: int64 (S, 2), numbers of a side and those that it keeps.  A side of a record is its bitmap, in whole tiles,
+    and then the kept numbers.
+    """
+
+    @njit(nogil=True, cache=True, fastmath=False)
+    @keyed
+    def run(
+        source: Any,
+        first: Any,
+        width: Any,
+        sides: Any,
+        starts: Any,
+        counts: Any,
+        out: Any,
+        stride: Any,
+        low: Any,
+        high: Any,
+    ) -> None:
+        records, length = source.shape[0] // width, sides[:, 0].sum()
+        for h in range(low, high):
+            to = h * stride
+            for r in range(counts.shape[1]):
+                n = counts[h, r]
+                if n == 0:
+                    break
+                record = starts[h, r] - first
+                if 0 <= record < records:
+                    at = source.ctypes.data + record * width * size
+                    place = out.ctypes.data + to * size
+                    for _ in range(n):
+                        for side in range(sides.shape[0]):
+                            dim, kept = sides[side, 0], sides[side, 1]
+                            values = at + (dim + TILE - 1) // TILE * 8
+                            expand_row(size, at, values, place, dim)
+                            at, place = values + kept * size, place + dim * size
+                to += n * length
 
     return run

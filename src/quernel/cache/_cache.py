@@ -14,7 +14,9 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from quernel._errors import QuernelError
 from quernel._validate import check_int
+from quernel.cache._bitmap_intrinsics import TILE
 from quernel.cache._layer import CacheLayer, CacheRow
+from quernel.cache.pruning import kept_channels
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,13 @@ class Cache(TransformersCache, ABC):
         )
 
 
-def tokens_in(config: Any, budget: int | None, budget_bytes: int | None, dtype: torch.dtype | None = None) -> int:
+def tokens_in(
+    config: Any,
+    budget: int | None,
+    budget_bytes: int | None,
+    dtype: torch.dtype | None = None,
+    sparsities: tuple[float, float] | None = None,
+) -> int:
     """Return a budget in tokens a sequence, given in tokens or in bytes of all layers of one sequence.
 
     Parameters
@@ -114,29 +122,44 @@ def tokens_in(config: Any, budget: int | None, budget_bytes: int | None, dtype: 
     budget : int, optional
     budget_bytes : int, optional
         Bytes of keys and values of one sequence, all layers together.
-    dtype : torch.dtype, optional
-        In which they are stored; default that of the config, else float32.
+    dtype, sparsities : optional
+        How they are stored, see ``bytes_a_token``.
 
     Raises
     ------
     QuernelError
         If not exactly one is given, or the bytes hold no token.
     """
-    if (budget is None) == (budget_bytes is None):
-        raise QuernelError(f"give budget (tokens) or budget_bytes, not both; got {budget!r} and {budget_bytes!r}")
+    if budget is None and budget_bytes is None:
+        raise QuernelError("give budget (tokens) or budget_bytes; got neither")
+    refuse_both(budget, budget_bytes)
     if budget is not None:
         return check_int("budget", budget, low=1)
-    one = bytes_a_token(config, dtype)
+    one = bytes_a_token(config, dtype, sparsities)
     check_int("budget_bytes", budget_bytes, low=one)
     return int(budget_bytes or 0) // one
 
 
-def bytes_a_token(config: Any, dtype: torch.dtype | None = None) -> int:
-    """Return the bytes of one token's keys and values in the plain cache, all layers together."""
+def refuse_both(budget: int | None, budget_bytes: int | None) -> None:
+    """Raise if a budget is given in tokens and in bytes."""
+    if budget is not None and budget_bytes is not None:
+        raise QuernelError(f"give budget (tokens) or budget_bytes, not both; got {budget!r} and {budget_bytes!r}")
+
+
+def bytes_a_token(config: Any, dtype: torch.dtype | None = None, sparsities: tuple[float, float] | None = None) -> int:
+    """Return the bytes of one token's keys and values, all layers together.
+
+    Those of the plain cache in ``dtype``, by default that of the config, else float32; packed as ``BitmapRows`` packs
+    them where ``sparsities`` are given, of keys and of values.
+    """
     decoder = config.get_text_config(decoder=True)
     heads, dim = key_heads(decoder)
-    chosen = dtype or getattr(decoder, "dtype", None) or torch.float32
-    return int(2 * heads * dim * decoder.num_hidden_layers * torch.empty((), dtype=chosen).element_size())
+    size = (dtype or getattr(decoder, "dtype", None) or torch.float32).itemsize
+    if sparsities is None:
+        head = 2 * dim * size
+    else:
+        head = sum(8 * -(-dim // TILE) + kept_channels(dim, sparsity) * size for sparsity in sparsities)
+    return int(heads * decoder.num_hidden_layers * head)
 
 
 def key_heads(decoder: Any) -> tuple[int, int]:

@@ -6,12 +6,13 @@ The records lie in memory, in slabs that are filled one after the other, or in a
 writes and read through a mapping whose pages are given back after every read: pages touched through a mapping count as
 resident.
 
-A row asks a pool for ``reserve``, ``append``, ``gather``, ``blocks``, ``clone``, ``tensors`` and the byte counts, and
-for nothing else: what packs its records is another class with these.
+What packs its records says how one is written and read (``_written``, ``_read``) and what it drops (``pruned``); see
+``PackedKVPool``.
 """
 
 from __future__ import annotations
 
+import copy
 import mmap
 import shutil
 import tempfile
@@ -123,8 +124,7 @@ class KVPool:
             raise QuernelError(f"rows must be ({self.heads}, n, {self.width}); got {tuple(rows.shape)}")
         n = rows.shape[1]
         spare = max(_SMALLEST, min(self.tokens // _SHARE, _LARGEST)) * self.heads * self._words
-        words = rows.detach().to(device="cpu", dtype=self.dtype).contiguous().view(self._word).flatten()
-        first = self._store.append(words, spare) // self._words
+        first = self._store.append(self._written(rows.detach()), spare) // self._words
         if n:
             self._blocks.append((first, n))
         return first
@@ -140,19 +140,19 @@ class KVPool:
             Any dtype and device; rows of a head lie behind each other. n at least the tokens of every head.
         """
         direct = out.dtype == self.dtype and out.device.type == "cpu"
-        size = out.shape[0] * out.shape[1] * self._words
-        into = out if direct else workspace("kv-pool", size, self._word).view(self.dtype).view(out.shape)
-        stride = into.stride(0) * self._words // self.width
+        into = out if direct else workspace("kv-pool", out.numel(), self.dtype).view(out.shape)
+        stride = into.stride(0) * self.dtype.itemsize // self._word.itemsize
         flat = into.as_strided(((self.heads - 1) * into.stride(0) + into[0].numel(),), (1,))
         target = flat.view(self._word).numpy()
+        size = out.shape[0] * out.shape[1] * self._words
 
         with self._store.opened(self._word) as parts:
             for first, source in parts:
 
-                def copy(low: int, high: int, first: int = first, source: Any = source) -> None:
-                    copy_ranges(source, first // self._words, self._words, starts, counts, target, stride, low, high)
+                def run(low: int, high: int, first: int = first, source: Any = source) -> None:
+                    self._read(source, first // self._words, starts, counts, target, stride, low, high)
 
-                parallel_ranges(copy, self.heads, threads=None if size > _WORTH_THREADS else 1)
+                parallel_ranges(run, self.heads, threads=None if size > _WORTH_THREADS else 1)
         if not direct:
             out.copy_(into)
 
@@ -164,9 +164,21 @@ class KVPool:
             self.gather(starts, np.full_like(starts, n), out)
             yield out
 
+    def pruned(self, rows: Tensor) -> Tensor:
+        """Return rows (heads, n, width) without the channels that the pool drops: this one drops none."""
+        return rows
+
+    def _written(self, rows: Tensor) -> Tensor:
+        """Return the words of the records of rows."""
+        return rows.to(device="cpu", dtype=self.dtype).contiguous().view(self._word).flatten()
+
+    def _read(self, source: np.ndarray, first: int, starts: np.ndarray, counts: np.ndarray, *target: Any) -> None:
+        """Copy those records out that lie in ``source``, as ``copy_ranges`` does."""
+        copy_ranges(source, first, self._words, starts, counts, *target)
+
     def clone(self) -> Self:
         """Return a pool of the same kind that shares nothing with this one."""
-        other = type(self)(self.heads, self.width, self.dtype, self.storage)
+        other = copy.copy(self)
         other._store, other._blocks = self._store.clone(), list(self._blocks)
         return other
 

@@ -247,6 +247,8 @@ class RetrievalRow(CacheRow):
             self._add(rows, np.full((self._heads, 1), size, np.int64))
         self._local -= size
         if self._chosen + size <= self.layout.budget:
+            # Attended to from now on as the pool will give it back.
+            rows.copy_(self.pool.pruned(rows))
             self._chosen += size
         else:
             self._move(at + size, at, self._local)

@@ -151,23 +151,11 @@ class BitmapRows:
                 page = self.pages[-1] = page.moved(room)
                 count = min(PAGE - page.rows, total - done, room - page.rows)
             places = slice(page.rows, page.rows + count)
-            page.bitmaps[:, places], page.values[:, places] = self._packed(x[:, done : done + count])
+            page.bitmaps[:, places], page.values[:, places] = packed(x[:, done : done + count], self.n, self.dtype)
             page.rows += count
             done += count
         self._sides = None
         return self
-
-    def _packed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return bitmaps (heads, T, tiles) and values (heads, T, n) of rows (heads, T, d)."""
-        flat = x.float().contiguous().cpu().reshape(-1, self.dim).numpy().view(np.uint32)
-        bitmaps = np.empty((len(flat), self._tiles), np.uint64)
-        values = np.empty((len(flat), self.n), np.uint32)
-        parallel_ranges(partial(kernels.pack, flat, self.n, bitmaps, values), len(flat), grain=_PACKED_ROWS)
-        kept = torch.from_numpy(values.view(np.float32))
-        if self.dtype == torch.float16 and x.dtype != torch.float16 and bool((kept.abs() > 65504).any()):
-            raise QuernelError("a number is beyond 65504, the largest of float16; store the values in bfloat16")
-        shape = (self.heads, x.shape[1], -1)
-        return torch.from_numpy(bitmaps.view(np.int64)).view(shape), kept.to(self.dtype).view(shape)
 
     def drop_first(self, count: int) -> None:
         """Forget the oldest rows."""
@@ -300,6 +288,20 @@ class BitmapRows:
     def __deepcopy__(self, memo: Any) -> Self:
         # Not what is remembered of the pages: it holds addresses.
         return self.clone()
+
+
+def packed(x: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the bitmaps, int64 (heads, T, tiles), and the ``n`` values of each of the rows ``x``, (heads, T, d)."""
+    heads, count, dim = x.shape
+    flat = x.float().contiguous().cpu().reshape(-1, dim).numpy().view(np.uint32)
+    bitmaps = np.empty((len(flat), -(-dim // TILE)), np.uint64)
+    values = np.empty((len(flat), n), np.uint32)
+    parallel_ranges(partial(kernels.pack, flat, n, bitmaps, values), len(flat), grain=_PACKED_ROWS)
+    kept = torch.from_numpy(values.view(np.float32))
+    if dtype == torch.float16 and x.dtype != torch.float16 and bool((kept.abs() > 65504).any()):
+        raise QuernelError("a number is beyond 65504, the largest of float16; store the values in bfloat16")
+    numbers = torch.from_numpy(bitmaps.view(np.int64)).view(heads, count, bitmaps.shape[1])
+    return numbers, kept.to(dtype).view(heads, count, n)
 
 
 def power_of_two(group: int) -> int:

@@ -20,8 +20,9 @@ from torch import Tensor
 from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int
-from quernel.cache._cache import Cache, tokens_in
+from quernel.cache._cache import Cache, refuse_both, tokens_in
 from quernel.cache._layer import CacheRow
+from quernel.cache._packed_pool import make_pool, packing
 from quernel.cache._pool import STORAGES, KVPool
 from quernel.cache._retrieval import Layout, RetrievalRow
 from quernel.kernels.clustering import cluster_means, kmeans
@@ -66,7 +67,11 @@ class LouisKVConfig:
     audit : bool, default=False
         Measure at every step which share of the full attention is covered; reads all keys, so it is slow.
     budget_bytes : int, optional
-        Instead of ``budget``: bytes of the chosen keys and values, all layers of one sequence together.
+        Instead of ``budget``: bytes of the chosen keys and values as the pool holds them, all layers of one sequence
+        together.
+    k_sparsity, v_sparsity : float, default=0.0, 0.0
+        Share of the channels of a key and of a value that the pool drops, in [0, 1): a token that leaves the newest
+        ones keeps its largest, packed as by ``MustafarCache``. Where both are 0 the pool is not packed.
 
     Raises
     ------
@@ -92,14 +97,13 @@ class LouisKVConfig:
     dense_below: int | None = None
     audit: bool = False
     budget_bytes: int | None = None
+    k_sparsity: float = 0.0
+    v_sparsity: float = 0.0
 
     def __post_init__(self) -> None:
         if self.budget is None and self.budget_bytes is None:
             object.__setattr__(self, "budget", BUDGET)
-        if self.budget is not None and self.budget_bytes is not None:
-            raise QuernelError(
-                f"give budget (tokens) or budget_bytes, not both; got {self.budget!r} and {self.budget_bytes!r}"
-            )
+        refuse_both(self.budget, self.budget_bytes)
         check_int("cluster_size", self.cluster_size, low=1)
         if self.budget is not None and check_int("budget", self.budget, low=1) < self.cluster_size:
             raise QuernelError(
@@ -113,8 +117,19 @@ class LouisKVConfig:
         check_int("kmeans_iters", self.kmeans_iters, low=1)
         check_choice("storage", self.storage, STORAGES)
         check_choice("pool_dtype", self.pool_dtype, (None, *POOL_DTYPES))
+        packing(self.k_sparsity, self.v_sparsity, self.dtype)
         if self.dense_below is not None:
             check_int("dense_below", self.dense_below, low=0)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the pool; None for the model's."""
+        return None if self.pool_dtype is None else getattr(torch, self.pool_dtype)
+
+    @property
+    def dropped(self) -> tuple[float, float] | None:
+        """Shares of channels that the pool drops, of keys and of values; None if it is not packed."""
+        return packing(self.k_sparsity, self.v_sparsity, self.dtype)
 
     def layout(self) -> Layout:
         """Return the sizes of a row's parts; the budget must be one of tokens."""
@@ -256,8 +271,7 @@ class LouisKVCache(RetrievalCache):
         except TypeError as error:
             raise QuernelError(f"LouisKVCache takes the fields of LouisKVConfig as options; got {options}") from error
         if chosen.budget is None:
-            dtype = None if chosen.pool_dtype is None else getattr(torch, chosen.pool_dtype)
-            tokens = tokens_in(config, None, chosen.budget_bytes, dtype)
+            tokens = tokens_in(config, None, chosen.budget_bytes, chosen.dtype, chosen.dropped)
             chosen = replace(chosen, budget=tokens, budget_bytes=None)
         self.settings = chosen
         super().__init__(config)
@@ -267,6 +281,5 @@ class LouisKVCache(RetrievalCache):
 
     def _make_pool(self, keys: Tensor, values: Tensor) -> KVPool:
         """Return an empty pool for one row."""
-        name = self.settings.pool_dtype
-        dtype = keys.dtype if name is None else getattr(torch, name)
-        return KVPool(keys.shape[0], keys.shape[-1] + values.shape[-1], dtype, self.settings.storage)
+        chosen = self.settings
+        return make_pool(keys, values, chosen.dtype, chosen.storage, chosen.dropped)

@@ -19,7 +19,7 @@ from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_choice, check_int
 from quernel.cache._bitmap_attention import attend
-from quernel.cache._cache import Cache, bytes_a_token, key_heads
+from quernel.cache._cache import Cache, bytes_a_token, key_heads, refuse_both
 from quernel.cache._layer import CacheRow, dense_step
 from quernel.cache.bitmap_rows import KINDS, MAX_DIM, BitmapRows
 from quernel.cache.pruning import kept_channels
@@ -255,23 +255,16 @@ class MustafarCache(Cache):
         plan = self.schedule
         if size is None:
             return replace(plan, budget=check_int("budget", tokens, low=plan.protect_first + 1))
-        if tokens is not None:
-            raise QuernelError(f"give budget (tokens) or budget_bytes, not both; got {tokens} and {size}")
+        refuse_both(tokens, size)
         one = bytes_a_token(self.config)
         check_int("budget_bytes", size, low=16 * one * (1 + plan.protect_first // 16))
         dense = _up(plan.protect_first + plan.window + plan.block, 16)
-        packed = (size - one * dense) // self._packed_bytes() - _SPARE_ROWS
+        row = bytes_a_token(self.config, plan.value_dtype, (plan.k_sparsity, plan.v_sparsity))
+        packed = (size - one * dense) // row - _SPARE_ROWS
         if packed > 0:
             return replace(plan, budget=plan.protect_first + plan.window + packed)
         # No room for a block and what it is packed into: all tokens stay dense.  The new one comes before one goes.
         return replace(plan, budget=size // one // 16 * 16 - 1, min_packed=NEVER)
-
-    def _packed_bytes(self) -> int:
-        """Return the bytes of one packed token, all layers together."""
-        heads, dim = key_heads(self.config)
-        dtype = self.schedule.value_dtype or getattr(self.config, "dtype", None) or torch.float32
-        row = 2 * 8 * -(-dim // 64) + sum(self.kept.values()) * dtype.itemsize
-        return int(heads * self.config.num_hidden_layers * row)
 
     def _make_row(self, keys: Tensor, values: Tensor) -> CacheRow:
         return MustafarRow(keys, values, self.schedule)

@@ -18,7 +18,8 @@ from quernel._registry import register
 from quernel._validate import check_choice, check_int
 from quernel.cache._cache import tokens_in
 from quernel.cache._layer import CacheRow
-from quernel.cache._pool import STORAGES, KVPool
+from quernel.cache._packed_pool import make_pool, packing
+from quernel.cache._pool import STORAGES
 from quernel.cache._retrieval import Layout, RetrievalRow
 from quernel.cache.louiskv import PART, RetrievalCache, group_scores
 
@@ -80,7 +81,9 @@ class QuestCache(RetrievalCache):
     audit : bool, default=False
         See ``LouisKVConfig``.
     budget_bytes : int, optional
-        Instead of ``budget``.
+        Instead of ``budget``: bytes of the chosen pages as the pool holds them, all layers of one sequence together.
+    k_sparsity, v_sparsity : float, default=0.0, 0.0
+        Share of the channels that the pool drops, as in ``LouisKVConfig``.
 
     Raises
     ------
@@ -116,8 +119,11 @@ class QuestCache(RetrievalCache):
         dense_below: int = 0,
         audit: bool = False,
         budget_bytes: int | None = None,
+        k_sparsity: float = 0.0,
+        v_sparsity: float = 0.0,
     ) -> None:
-        tokens = tokens_in(config, budget, budget_bytes, pool_dtype)
+        self.dropped = packing(k_sparsity, v_sparsity, pool_dtype)
+        tokens = tokens_in(config, budget, budget_bytes, pool_dtype, self.dropped)
         page = check_int("page_size", page_size, low=1)
         if page > tokens:
             raise QuernelError(f"page_size must be at most the budget of {tokens} tokens; got {page_size}")
@@ -136,6 +142,5 @@ class QuestCache(RetrievalCache):
         super().__init__(config)
 
     def _make_row(self, keys: Tensor, values: Tensor) -> CacheRow:
-        dtype = keys.dtype if self.pool_dtype is None else self.pool_dtype
-        pool = KVPool(keys.shape[0], keys.shape[-1] + values.shape[-1], dtype, self.storage)
+        pool = make_pool(keys, values, self.pool_dtype, self.storage, self.dropped)
         return QuestRow(keys, values, self.layout, pool)
