@@ -25,13 +25,14 @@ A script declares its claims, each with the rule that judges it, before anything
     if __name__ == "__main__":
         raise SystemExit(crossquant.main())
 
-``rule`` compares one of ``QUANTITIES`` with a bound, at the median over the seeds. The verdict is computed:
+``rule`` compares one of ``QUANTITIES`` with a bound, at the median over the seeds or at their mean
+(``over="mean"``). The verdict is computed:
 
 - *reproduced*: the rule holds, and every check on every seed;
 - *partly*: the rule holds but a check fails, or only the weaker ``partly=`` bound is met;
 - *not reproduced*: otherwise; the row stays in the ledger, with the reason in the script's docstring.
 
-The ledger keeps the medians and, a seed, both values: a verdict is to be read beside their spread.
+The ledger keeps the medians (or means) and, a seed, both values: a verdict is to be read beside their spread.
 
 A claim function may raise ``quernel``'s ``DataError`` or ``MissingExtraError`` (nothing to do: the loaders
 raise them): the others still run, what is missing is said, and the script exits with 3. A timing on a busy
@@ -71,6 +72,7 @@ QUANTITIES: dict[str, Callable[[float, float], float]] = {
     "ours - baseline": lambda ours, baseline: ours - baseline,
     "baseline - ours": lambda ours, baseline: baseline - ours,
 }
+MIDDLES: dict[str, Callable[[Sequence[float]], float]] = {"median": statistics.median, "mean": statistics.fmean}
 
 
 class Void(Exception):
@@ -85,16 +87,20 @@ class Rule:
     sense: str
     bound: float
     partly: float | None = None
+    over: str = "median"
 
     def __post_init__(self) -> None:
         if self.of not in QUANTITIES:
             raise ValueError(f"of= must be one of {', '.join(map(repr, QUANTITIES))}; got {self.of!r}")
+        if self.over not in MIDDLES:
+            raise ValueError(f"over= must be one of {', '.join(map(repr, MIDDLES))}; got {self.over!r}")
         if self.partly is not None and not self._compare(self.bound, self.partly):
             raise ValueError(f"partly= must be weaker than the bound {self.sense} {self.bound:g}; got {self.partly:g}")
 
     def __str__(self) -> str:
         weaker = "" if self.partly is None else f" (partly: {self.sense} {self.partly:g})"
-        return f"{self.of} {self.sense} {self.bound:g}{weaker}"
+        where = "" if self.over == "median" else f", {self.over} of the seeds"
+        return f"{self.of} {self.sense} {self.bound:g}{weaker}{where}"
 
     def value(self, ours: float, baseline: float) -> float:
         """Return the quantity that the rule judges."""
@@ -112,14 +118,14 @@ class Rule:
         return value >= bound if self.sense == ">=" else value <= bound
 
 
-def at_least(bound: float, *, of: str = "ours", partly: float | None = None) -> Rule:
+def at_least(bound: float, *, of: str = "ours", partly: float | None = None, over: str = "median") -> Rule:
     """Require that the quantity is at least ``bound``."""
-    return Rule(of, ">=", bound, partly)
+    return Rule(of, ">=", bound, partly, over)
 
 
-def at_most(bound: float, *, of: str = "ours", partly: float | None = None) -> Rule:
+def at_most(bound: float, *, of: str = "ours", partly: float | None = None, over: str = "median") -> Rule:
     """Require that the quantity is at most ``bound``."""
-    return Rule(of, "<=", bound, partly)
+    return Rule(of, "<=", bound, partly, over)
 
 
 @dataclass(frozen=True)
@@ -154,10 +160,10 @@ class Declared:
         return "; and ".join([str(self.rule), *self.checks])
 
     def value(self, outcomes: Sequence[Outcome]) -> float:
-        """Return the judged quantity at the median seed; a run without a number counts as the worst."""
+        """Return the judged quantity over the seeds; a run without a number counts as the worst."""
         worst = -math.inf if self.rule.sense == ">=" else math.inf
         values = [self.rule.value(o.ours, o.baseline) for o in outcomes]
-        return statistics.median(worst if math.isnan(value) else value for value in values)
+        return MIDDLES[self.rule.over]([worst if math.isnan(value) else value for value in values])
 
     def judge(self, outcomes: Sequence[Outcome]) -> str:
         """Apply the declared rule."""
@@ -271,8 +277,8 @@ class Reproduction:
             scale=declared.scale,
             data=declared.data,
             metric=declared.metric,
-            ours=_rounded(_median([o.ours for o in outcomes])),
-            baseline=_rounded(_median([o.baseline for o in outcomes])),
+            ours=_rounded(_middle([o.ours for o in outcomes], declared.rule.over)),
+            baseline=_rounded(_middle([o.baseline for o in outcomes], declared.rule.over)),
             baseline_name=declared.baseline,
             threshold=declared.threshold,
             verdict=declared.judge(outcomes),
@@ -298,8 +304,8 @@ def _print_claim(declared: Declared, measured: _claims.Claim, outcomes: Sequence
         "scale": measured.scale,
         "data": measured.data,
         "metric": measured.metric,
-        "ours": _spread([o.ours for o in outcomes]),
-        "baseline": f"{_spread([o.baseline for o in outcomes])}  {declared.baseline}",
+        "ours": _spread([o.ours for o in outcomes], declared.rule.over),
+        "baseline": f"{_spread([o.baseline for o in outcomes], declared.rule.over)}  {declared.baseline}",
         "rule": f"{declared.rule}; measured {declared.value(outcomes):.4g}",
     }
     for name in declared.checks:
@@ -346,8 +352,8 @@ def _cell(value: Any, widest: int) -> str:
     return text if len(text) <= widest else text[: widest - 3] + "..."
 
 
-def _spread(values: Sequence[float]) -> str:
-    middle = _median(values)
+def _spread(values: Sequence[float], over: str) -> str:
+    middle = _middle(values, over)
     if len(values) == 1:
         return f"{middle:.6g}"
     return f"{middle:.6g}  ({min(values):.4g} to {max(values):.4g} over {len(values)} seeds)"
@@ -359,8 +365,10 @@ def _divide(top: float, bottom: float) -> float:
     return top / bottom
 
 
-def _median(values: Sequence[float]) -> float:
-    """Return the median with NaN sorted last, so that a minority of diverged runs does not hide the rest."""
+def _middle(values: Sequence[float], over: str) -> float:
+    """Return the mean, or the median with NaN sorted last, so that a few diverged runs do not hide the rest."""
+    if over == "mean":
+        return statistics.fmean(values)
     ordered = sorted(values, key=lambda value: (math.isnan(value), value))
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 

@@ -45,6 +45,10 @@ def last_json(capsys):
         # The median seed decides.
         (at_least(1), [Outcome(0, 0), Outcome(2, 0), Outcome(3, 0)], "reproduced"),
         (at_least(1), [Outcome(0, 0), Outcome(0, 0), Outcome(3, 0)], "not reproduced"),
+        # Or their mean, where the rule says so.
+        (at_least(1, over="mean"), [Outcome(0, 0), Outcome(0, 0), Outcome(3, 0)], "reproduced"),
+        (at_least(1, over="mean"), [Outcome(0, 0), Outcome(1, 0), Outcome(1, 0)], "not reproduced"),
+        (at_most(1, over="mean"), [Outcome(math.nan, 0), Outcome(0, 0), Outcome(0, 0)], "not reproduced"),
         # A check counts on every seed.
         (at_least(1), [Outcome(2, 0, {"c": True}), Outcome(2, 0, {"c": True})], "reproduced"),
         (at_least(1), [Outcome(2, 0, {"c": True}), Outcome(2, 0, {"c": False})], "partly"),
@@ -71,6 +75,16 @@ def test_json_is_the_ledgers_row(tmp_path, capsys):
     assert row["seeds"] == [0, 1, 2]
     assert row["command"] == "python reproductions/toy-book.py --only a"
     assert row["threshold"] == "ours >= 1"
+
+
+def test_a_mean_is_kept_and_named(tmp_path, capsys):
+    outcomes = [Outcome(1, 0), Outcome(2, 0), Outcome(6, 3)]
+    book_of(("a", at_least(1, over="mean"), outcomes)).main(["--json", "--write", "--claims", str(tmp_path / "c.toml")])
+    row = last_json(capsys)
+    assert (row["ours"], row["baseline"]) == (3.0, 1.0)
+    assert row["threshold"] == "ours >= 1, mean of the seeds"
+    with pytest.raises(ValueError, match="over= must be one of"):
+        at_least(1, over="mode")
 
 
 def test_the_ledger_keeps_every_seed(tmp_path, capsys):
