@@ -216,12 +216,13 @@ def _claims_table(found: list[Claim]) -> str:
             c.metric,
             _with_notes(c.ours, _spread(c.ours_by_seed)),
             _with_notes(c.baseline, c.baseline_name, _spread(c.baseline_by_seed)),
+            c.threshold,
             c.scale,
             c.data,
         ]
         for c in found
     ]
-    return _table(["verdict", "claim of the paper", "metric", "ours", "baseline", "scale", "data"], rows)
+    return _table(["verdict", "claim of the paper", "metric", "ours", "baseline", "rule", "scale", "data"], rows)
 
 
 def _with_notes(value: float, *notes: str) -> str:

@@ -92,10 +92,12 @@ def test_the_catalogue_is_sorted_with_headlines_first():
     assert keys
 
 
-def test_find_gives_the_headline_or_the_known_names():
+def test_find_gives_the_headline_or_the_class_or_the_known_names():
     first = next(entry for entry in catalogue() if entry.headline)
     assert find(first.slug) is first
-    with pytest.raises(QuernelError, match=f"no system is called 'nothing'; known: .*{first.slug}"):
+    other = next(entry for entry in catalogue() if not entry.headline)
+    assert find(other.name) is other
+    with pytest.raises(QuernelError, match=f"no system or class is called 'nothing'; known systems: .*{first.slug}"):
         find("nothing")
 
 

@@ -100,13 +100,13 @@ def catalogue() -> tuple[Entry, ...]:
     return tuple(sorted(entries, key=lambda e: (e.slug, not e.headline, e.name)))
 
 
-def find(slug: str) -> Entry:
-    """Return the headline entry of a slug."""
+def find(name: str) -> Entry:
+    """Return the headline entry of a slug, or the entry of a class."""
     for entry in catalogue():
-        if entry.slug == slug and entry.headline:
+        if entry.name == name or (entry.slug == name and entry.headline):
             return entry
     known = ", ".join(sorted({e.slug for e in catalogue() if e.headline}))
-    raise QuernelError(f"no system is called {slug!r}; known: {known}")
+    raise QuernelError(f"no system or class is called {name!r}; known systems: {known}")
 
 
 def resolve_class(name: object, *, file: str, field: str) -> type:

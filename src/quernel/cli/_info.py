@@ -1,4 +1,4 @@
-"""``quernel info SLUG``: what a system is, its arguments, its claims and their verdicts."""
+"""``quernel info NAME``: what a system is, its arguments, its claims and their verdicts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from quernel.cli._output import Json, console, emit, prose, table
 
 
 def info(
-    slug: Annotated[str, typer.Argument(help="A system as `quernel list` names it.")],
+    name: Annotated[str, typer.Argument(help="A system as `quernel list` names it, or one of its classes.")],
     json: Json = False,
 ) -> None:
-    """Describe one system."""
-    entry = find(slug)
+    """Describe one system, or one class of it."""
+    entry = find(name)
     facts = row(entry)
     cls = entry.resolve()
     arguments = [
@@ -26,7 +26,7 @@ def info(
         for p in inspect.signature(cls).parameters.values()
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    claims = [claim.to_json() for claim in read_claims() if claim.slug == slug]
+    claims = [claim.to_json() for claim in read_claims() if claim.slug == entry.slug]
     if json:
         emit({**facts, "module": entry.module, "arguments": arguments, "claims": claims})
         return
@@ -34,7 +34,7 @@ def info(
     shown = {"class": f"quernel.{entry.pillar}.{entry.name}", "paper": paper} | {
         k: facts[k] for k in ("status", "verdict")
     }
-    console().print(f"{slug}: {entry.summary}\n", markup=False)
+    console().print(f"{entry.slug}: {entry.summary}\n", markup=False)
     table(("field", "value"), list(shown.items()))
     table(("argument", "default"), [(a["name"], a["default"] or "(required)") for a in arguments])
     if claims:
