@@ -7,8 +7,11 @@ BIN := $(VENV)/bin
 # Files that say what belongs into the environment; a change in one of them refreshes it.
 READY := $(VENV)/.quernel-ready
 PYTEST_WORKERS ?= auto
+# The oldest transformers that is allowed, laid over the environment.
+OLDEST := $(CURDIR)/build/oldest
+OLDEST_VERSION := $(shell sed -n 's/^transformers==//p' constraints-oldest.txt)
 
-.PHONY: help env demo test slow portable lint format docs generate bench reproduce check clean
+.PHONY: help env demo test slow portable oldest lint format docs generate bench reproduce check clean
 
 help:
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -39,6 +42,16 @@ slow: $(READY) ## the tests that take more than a second each
 portable: $(READY) ## the native kernels' tests again, on the path of machines without VNNI
 	QUERNEL_PORTABLE=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) tests/test_intrinsics.py tests/hashing tests/nn tests/search tests/sketch tests/cache tests/compress
 
+oldest: $(OLDEST)/.ready ## the caches' tests again, with the oldest transformers that is allowed
+	@PYTHONPATH="$(OLDEST)" $(BIN)/python -c 'import sys, transformers as t; print("transformers", t.__version__, "from", t.__file__); \
+	  sys.exit(None if t.__version__ == "$(OLDEST_VERSION)" else "error: transformers $(OLDEST_VERSION) was to be tested")'
+	PYTHONPATH="$(OLDEST)" $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) -k cache tests/cache tests/test_conformance.py
+
+$(OLDEST)/.ready: constraints-oldest.txt $(READY)
+	rm -rf "$(OLDEST)"
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target "$(OLDEST)" -r constraints-oldest.txt
+	@touch "$@"
+
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,7 +76,7 @@ reproduce: $(READY) ## every reproduction; updates claims.toml
 	$(BIN)/quernel reproduce --write
 	$(BIN)/python docs/generate.py
 
-check: lint docs test portable ## all that CI asks for
+check: lint docs test portable oldest ## all that CI asks for
 
 clean: ## remove what can be made again
 	rm -rf $(VENV) build dist site report.html report.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -39,10 +39,14 @@ def project() -> dict[str, object]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
+def _pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
 @pytest.fixture(scope="module")
 def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return _pins("constraints.txt")
 
 
 def _requirements(project: dict, *extras: str) -> list[tuple[str, str]]:
@@ -74,6 +78,14 @@ def test_pins_travel(pins: dict[str, str]) -> None:
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     # A local version (+cpu) or an address exists on some machines only.
     assert not re.search(r"\+|://|@", text)
+
+
+def test_the_oldest_transformers_that_is_allowed_is_the_one_tested(project: dict, pins: dict[str, str]) -> None:
+    oldest = _pins("constraints-oldest.txt")
+    assert dict(_requirements(project, "hf"))["transformers"] == f">={oldest['transformers']}"
+    assert oldest["transformers"] != pins["transformers"]
+    # Without it nothing would run the caches with the second version.
+    assert "make --no-print-directory oldest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_versions_agree() -> None:

@@ -10,16 +10,20 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3nTextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    cache_utils,
 )
 
 from quernel._errors import QuernelError
 from quernel.cache import WindowCache, attention
+from quernel.cache._cache import layer_kinds
 from quernel.models import TinyLM
 
 SMALL: dict[str, Any] = {
@@ -81,6 +85,33 @@ def test_what_is_not_computed_is_refused() -> None:
         trained(IDS, past_key_values=WindowCache(trained.config, budget=64))
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_what_the_layers_attend_to(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if early:
+        # As transformers before 5.16.
+        monkeypatch.delattr(cache_utils, "get_layer_types_and_kwargs", raising=False)
+    assert layer_kinds(LlamaConfig(**SMALL)) == ["full_attention"] * 2
+    assert layer_kinds(MistralConfig(**SMALL, sliding_window=None)) == ["full_attention"] * 2
+    assert layer_kinds(MistralConfig(**SMALL, sliding_window=8)) == ["sliding_attention"] * 2
+    mixed = ["full_attention", "sliding_attention"]
+    assert layer_kinds(Gemma2Config(**SMALL, head_dim=8, layer_types=mixed)) == mixed
+    chunked = LlamaConfig(**SMALL)
+    chunked.attention_chunk_size = 8
+    assert "full_attention" not in layer_kinds(chunked)
+    sharing = Gemma3nTextConfig(num_hidden_layers=3, num_kv_shared_layers=1, layer_types=["full_attention"] * 3)
+    assert layer_kinds(sharing) == ["full_attention", "full_attention", "dummy"]
+    with pytest.raises(QuernelError, match="dummy"):
+        WindowCache(sharing, budget=8)
+
+
+def test_lengths_from_places_and_by_the_old_name() -> None:
+    layer = WindowCache(LlamaConfig(**SMALL), budget=64).layers[0]
+    # The first versions of transformers 5 ask with the places of the new tokens.
+    assert layer.get_mask_sizes(torch.arange(5)) == layer.get_mask_sizes(5) == (5, 0)
+    assert layer.get_mask_sizes(torch.tensor(5)) == (5, 0)
+    assert layer.get_max_cache_shape() == layer.get_max_length() == -1
+
+
 def test_a_module_of_torch_is_refused() -> None:
     with pytest.raises(QuernelError, match="transformers"), attention(torch.nn.Linear(2, 2)):
         pass
@@ -97,7 +128,8 @@ def test_blocks_nest_and_models_keep_their_own() -> None:
 
 
 def test_prompt_lookup_decoding_is_refused_with_a_reason() -> None:
-    model = llama()
+    # The first versions of transformers 5 cannot do this without a token that ends a text.
+    model = llama(eos_token_id=31)
     ids = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2]])
     with attention(model), pytest.raises((QuernelError, ValueError), match=r"prompt-lookup|crop|not support"):
         model.generate(

@@ -45,11 +45,10 @@ def stored_bits(rows: BitmapRows) -> list[list[int]]:
 
 # The first call compiles.
 @settings(deadline=None)
-@given(
-    st.lists(st.lists(st.sampled_from(AWKWARD), min_size=70, max_size=70), min_size=1, max_size=3), st.integers(1, 70)
-)
-def test_exactly_the_largest_are_kept_bit_by_bit(lines: list[list[float]], n: int) -> None:
-    x = torch.tensor(lines)
+@given(st.binary(min_size=70, max_size=210), st.integers(1, 70))
+def test_exactly_the_largest_are_kept_bit_by_bit(drawn_bytes: bytes, n: int) -> None:
+    whole = drawn_bytes[: len(drawn_bytes) // 70 * 70]
+    x = torch.tensor([AWKWARD[byte % len(AWKWARD)] for byte in whole]).view(-1, 70)
     rows = BitmapRows.pack(x, n)
     assert stored_bits(rows) == [reference.bitmaps(line, n) for line in x.tolist()]
     wanted = torch.tensor([reference.pruned(line, n) for line in x.tolist()])
@@ -83,6 +82,9 @@ def test_every_float16_unpacks_to_its_value() -> None:
 def test_products_are_those_of_the_unpacked_rows(
     path: str, dtype: torch.dtype, dim: int, group: int, poisoned_memory: None
 ) -> None:
+    if path == "plain" and dtype != torch.float32:
+        # Only the unpacking depends on the dtype there; each pair with a group would be a kernel to compile.
+        group = 3
     x = drawn(2, 600, dim).to(dtype)
     rows = BitmapRows.pack(x[:, :77], -(-dim // 3)).append(x[:, 77:])
     held = rows.unpack().float()

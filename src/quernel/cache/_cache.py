@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache as TransformersCache
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from quernel._errors import QuernelError
 from quernel._validate import check_int
@@ -72,7 +72,7 @@ class Cache(TransformersCache, ABC):
             raise QuernelError(
                 f"config must be that of a model of transformers; got {type(config).__name__}"
             ) from error
-        kinds = set(get_layer_types_and_kwargs(decoder)[0])
+        kinds = set(layer_kinds(decoder))
         if kinds != {"full_attention"}:
             raise QuernelError(
                 f"the layers of this model are {', '.join(sorted(kinds))}; Quernel's caches are for full attention in "
@@ -105,6 +105,20 @@ class Cache(TransformersCache, ABC):
             bytes_dense=sum(length * len(layer.rows) * layer.dense_bytes_a_token for length, layer in held),
             details=self._details(rows),
         )
+
+
+def layer_kinds(decoder: Any) -> list[str]:
+    """Return what each layer attends to, in the words of transformers, from the config of a decoder."""
+    if hasattr(cache_utils, "get_layer_types_and_kwargs"):
+        kinds = list(cache_utils.get_layer_types_and_kwargs(decoder)[0])
+    else:
+        # Before transformers 5.16 each of its caches works this out for itself.
+        bounds = (getattr(decoder, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        kind = "full_attention" if all(bound is None for bound in bounds) else "sliding_attention"
+        kinds = list(getattr(decoder, "layer_types", None) or [kind] * decoder.num_hidden_layers)
+        kinds = kinds[: len(kinds) - (getattr(decoder, "num_kv_shared_layers", None) or 0)]
+    # Layers that share the keys of others have no cache of their own; earlier versions leave them out.
+    return kinds + ["dummy"] * (decoder.num_hidden_layers - len(kinds))
 
 
 def tokens_in(

@@ -185,9 +185,13 @@ class CacheLayer(CacheLayerMixin):
         """Sequences held."""
         return len(self.rows)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the true length with the new tokens, and no offset: masks are made before attention."""
-        return self._length + int(query_length), 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Return the true length with the new tokens, and no offset: masks are made before attention.
+
+        The first versions of transformers 5 give the places of the new tokens, (n,), instead of their number.
+        """
+        new = len(query_length) if isinstance(query_length, Tensor) and query_length.ndim else int(query_length)
+        return self._length + new, 0
 
     def get_seq_length(self) -> int:
         """Return how many tokens have passed, padding included."""
@@ -196,6 +200,9 @@ class CacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return -1: nothing bounds the length."""
         return -1
+
+    # As it is called before transformers 5.13.
+    get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
         """Forget everything."""
