@@ -136,7 +136,7 @@ def minilm() -> dict[str, Any]:
 
 def _like(old: Any) -> Any:
     """Return linear attention of as many channels and heads as BERT's attention has."""
-    return make_mixer("nalaformer", old.query.in_features, heads=old.num_attention_heads, lepe=None)
+    return make_mixer("nalaformer", old.query.in_features, num_heads=old.num_attention_heads, lepe=None)
 
 
 CONVERSIONS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -128,6 +128,12 @@ def images(split: str, count: int | None = None, side: int = 28) -> tuple[Tensor
     return x, y
 
 
+def pixels(split: str, count: int | None = None, side: int = 28) -> tuple[Tensor, Tensor]:
+    """Return ``images`` row by row, one pixel a token, (n, side * side, 1), and labels."""
+    x, y = images(split, count, side)
+    return x.flatten(1)[..., None], y
+
+
 @functools.cache
 def characters() -> tuple[int, dict[str, Tensor]]:
     """Return the number of characters of tinyshakespeare, and its parts as ids: train, validation, test."""
@@ -216,14 +222,13 @@ def kept(name: str, recipe: Mapping[str, Any], measure: Callable[[], dict[str, f
     return held
 
 
-def tuned(
-    run: Callable[[float, int], tuple[nn.Module, float]], seeds: Sequence[int], rates: Sequence[float] = RATES
-) -> tuple[float, dict[int, nn.Module]]:
-    """Choose the rate by ``run(rate, seed) -> (model, validation score)``, larger better, and train every seed with it.
-
-    Returns the rate and a model a seed; the first seed's run at the best rate is used again.
-    """
-    tried = {rate: run(rate, seeds[0]) for rate in rates}
-    best = max(tried, key=lambda rate: tried[rate][1])
-    models = {seeds[0]: tried[best][0]} | {seed: run(best, seed)[0] for seed in seeds[1:]}
-    return best, models
+@functools.cache
+def chosen_rate(
+    trained: Callable[[str, float, int], nn.Module],
+    kind: str,
+    seed: int,
+    held: Callable[[str], tuple[Tensor, Tensor]] = images,
+) -> float:
+    """Return the rate of ``RATES`` at which ``trained(kind, rate, seed)`` is most often right on validation images."""
+    x, y = held("validation")
+    return max(RATES, key=lambda rate: accuracy(trained(kind, rate, seed), x, y))

@@ -49,17 +49,11 @@ def trained(kind: str, rate: float, seed: int) -> nn.Module:
 
 
 @functools.cache
-def chosen_rate(kind: str) -> float:
-    held = nets.images("validation")
-    return max(nets.RATES, key=lambda rate: nets.accuracy(trained(kind, rate, SEEDS[0]), *held))
-
-
-@functools.cache
 def measured(kind: str, seed: int) -> dict[str, float]:
     recipe = {"version": 1, "scale": SCALE, "epochs": EPOCHS, "kind": kind, "seed": seed}
 
     def measure() -> dict[str, float]:
-        rate = chosen_rate(kind)
+        rate = nets.chosen_rate(trained, kind, SEEDS[0])
         return {"rate": rate, "accuracy": nets.accuracy(trained(kind, rate, seed), *nets.images("test"))}
 
     return nets.kept("inceptionnext", recipe, measure)

@@ -19,7 +19,7 @@ from typing import Any
 import _mixer_nets as nets
 import torch
 from _harness import Outcome, Reproduction, at_least, at_most
-from torch import Tensor, nn
+from torch import nn
 
 from quernel.nn import H3Conv, LongConv, Mixer, SoftmaxAttention
 
@@ -35,10 +35,7 @@ ARMS = {"lambda 0": 0.0, "lambda auto": 1.0, "lambda 2 auto": 2.0}
 SCALE = f"{SIDE * SIDE} pixels, {DEPTH} blocks of width {DIM}, {IMAGES:,} images, {EPOCHS} epochs"
 TEXT_SCALE = f"{LENGTH} characters, {DEPTH} blocks of width {TEXT_DIM}, {TEXT_STEPS} steps of {TEXT_BATCH}"
 
-
-def pixels(split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-    x, y = nets.images(split, count, SIDE)
-    return x.flatten(1)[..., None], y
+pixels = functools.partial(nets.pixels, side=SIDE)
 
 
 def regularised(dim: int, share: float) -> LongConv:
@@ -56,12 +53,6 @@ def trained(arm: str, rate: float, seed: int) -> nn.Module:
     return nets.fitted(make, loss, steps=STEPS, rate=rate, seed=seed)
 
 
-@functools.cache
-def chosen_rate(arm: str) -> float:
-    held = pixels("validation")
-    return max(nets.RATES, key=lambda rate: nets.accuracy(trained(arm, rate, SEEDS[0]), *held))
-
-
 @torch.no_grad()
 def roughness(model: nn.Module) -> tuple[float, float]:
     """Return mean |k[j + 1] - k[j]| / mean |k|, and the share of the energy above half of the highest frequency."""
@@ -77,7 +68,7 @@ def measured(arm: str, seed: int) -> dict[str, float]:
     recipe = {"version": 3, "scale": SCALE, "arm": arm, "seed": seed}
 
     def measure() -> dict[str, float]:
-        rate = chosen_rate(arm)
+        rate = nets.chosen_rate(trained, arm, SEEDS[0], pixels)
         model = trained(arm, rate, seed)
         change, high = roughness(model)
         parts = {"train": pixels("train", IMAGES), "validation": pixels("validation"), "test": pixels("test")}

@@ -34,6 +34,8 @@ SCALE = (
     f"{EPOCHS} epochs"
 )
 
+photos = functools.partial(nets.images, side=SIDE)
+
 
 class Depthwise(nn.Module):
     """BN(DW(x)) + x."""
@@ -79,12 +81,6 @@ def trained(kind: str, rate: float, seed: int) -> nn.Module:
     return nets.fitted(lambda: net(kind), nets.image_loss(x, y), steps=STEPS, rate=rate, seed=seed)
 
 
-@functools.cache
-def chosen_rate(kind: str) -> float:
-    held = nets.images("validation", None, SIDE)
-    return max(nets.RATES, key=lambda rate: nets.accuracy(trained(kind, rate, SEEDS[0]), *held))
-
-
 @torch.no_grad()
 def hits(model: nn.Module) -> Tensor:
     """Return which test images are classified rightly."""
@@ -97,7 +93,7 @@ def measured(kind: str, seed: int) -> dict[str, Any]:
     recipe = {"version": 1, "scale": SCALE, "kind": kind, "seed": seed}
 
     def measure() -> dict[str, Any]:
-        rate = chosen_rate(kind)
+        rate = nets.chosen_rate(trained, kind, SEEDS[0], photos)
         right = hits(trained(kind, rate, seed))
         wrong = (~right).nonzero().flatten().tolist()
         return {"rate": rate, "accuracy": 100 * float(right.double().mean()), "wrong": wrong, "images": len(right)}

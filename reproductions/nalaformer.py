@@ -40,8 +40,8 @@ ABLATIONS = ("constant power", "no signs", "no cube", "learned scale")
 class Featured(NormAwareLinearAttention):
     """The layer with another feature map."""
 
-    def __init__(self, dim: int, heads: int, kind: str, **options: Any) -> None:
-        super().__init__(dim, heads, **options)
+    def __init__(self, dim: int, num_heads: int, kind: str, **options: Any) -> None:
+        super().__init__(dim, num_heads, **options)
         self.kind = kind
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
@@ -75,9 +75,7 @@ def mixer(kind: str, dim: int, causal: bool = False) -> Mixer:
     return Featured(dim, HEADS, kind, **options)
 
 
-def pixels(split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-    x, y = nets.images(split, count, SIDE)
-    return x.flatten(1)[..., None], y
+pixels = functools.partial(nets.pixels, side=SIDE)
 
 
 @functools.cache
@@ -91,18 +89,12 @@ def trained(kind: str, rate: float, seed: int) -> nn.Module:
 
 
 @functools.cache
-def chosen_rate(kind: str) -> float:
-    held = pixels("validation")
-    return max(nets.RATES, key=lambda rate: nets.accuracy(trained(kind, rate, SEEDS[0]), *held))
-
-
-@functools.cache
 def measured(kind: str, seed: int) -> dict[str, float]:
     """Return the test accuracy of a net whose rate was chosen with the first seed."""
     recipe = {"version": 2, "scale": SCALE, "kind": kind, "seed": seed, "rates": nets.RATES}
 
     def measure() -> dict[str, float]:
-        rate = chosen_rate(kind)
+        rate = nets.chosen_rate(trained, kind, SEEDS[0], pixels)
         return {"rate": rate, "accuracy": nets.accuracy(trained(kind, rate, seed), *pixels("test"))}
 
     return nets.kept("nalaformer", recipe, measure)

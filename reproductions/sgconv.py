@@ -83,9 +83,7 @@ def reading_mixer(kind: str, dim: int, length: int) -> H3Conv:
     return mixer
 
 
-def pixels(split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-    x, y = nets.images(split, count, SIDE)
-    return x.flatten(1)[..., None], y
+pixels = functools.partial(nets.pixels, side=SIDE)
 
 
 @functools.cache
@@ -99,18 +97,12 @@ def trained(kind: str, rate: float, seed: int) -> nn.Module:
 
 
 @functools.cache
-def chosen_rate(kind: str) -> float:
-    held = pixels("validation")
-    return max(nets.RATES, key=lambda rate: nets.accuracy(trained(kind, rate, SEEDS[0]), *held))
-
-
-@functools.cache
 def measured(kind: str, seed: int) -> dict[str, float]:
     """Return the test accuracy of a net whose rate was chosen with the first seed."""
     recipe = {"version": 1, "scale": SCALE, "kind": kind, "seed": seed}
 
     def measure() -> dict[str, float]:
-        rate = chosen_rate(kind)
+        rate = nets.chosen_rate(trained, kind, SEEDS[0], pixels)
         return {"rate": rate, "accuracy": nets.accuracy(trained(kind, rate, seed), *pixels("test"))}
 
     return nets.kept("sgconv", recipe, measure)

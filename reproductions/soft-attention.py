@@ -25,6 +25,8 @@ STEPS = EPOCHS * IMAGES // nets.BATCH
 SEEDS = (0, 1)
 SCALE = f"two stages of {DIMS} channels, {IMAGES:,} images of {SIDE} x {SIDE}, {EPOCHS} epochs"
 
+photos = functools.partial(nets.images, side=SIDE)
+
 
 class SoftmaxNystrom(SoftmaxAttention):
     """softmax(q k_l^T) softmax(q_l k_l^T)^+ softmax(q_l k^T) v, landmarks the means of the tokens' cells."""
@@ -68,7 +70,7 @@ def measured(kind: str, seed: int) -> dict[str, float]:
     recipe = {"version": 1, "scale": SCALE, "kind": kind, "seed": seed}
 
     def measure() -> dict[str, float]:
-        rate = chosen_rate(kind)
+        rate = nets.chosen_rate(trained, kind, SEEDS[0], photos)
         model = trained(kind, rate, seed)
         sizes = {side: nets.accuracy(model, *nets.images("test", None, side)) for side in (SIDE, 2 * SIDE)}
         return {"rate": rate, "same": sizes[SIDE], "twice": sizes[2 * SIDE]}
@@ -85,12 +87,6 @@ def trained(kind: str, rate: float, seed: int) -> nn.Module:
         return nets.VisionNet(lambda d, s: mixer(kind, d, s), DIMS, DEPTHS, stride=2, side=grid, positions=True)
 
     return nets.fitted(make, nets.image_loss(x, y), steps=STEPS, rate=rate, seed=seed)
-
-
-@functools.cache
-def chosen_rate(kind: str) -> float:
-    held = nets.images("validation", None, SIDE)
-    return max(nets.RATES, key=lambda rate: nets.accuracy(trained(kind, rate, SEEDS[0]), *held))
 
 
 def row(kind: str, seed: int) -> dict[str, Any]:

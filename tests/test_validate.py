@@ -8,6 +8,7 @@ import torch
 
 from quernel._errors import QuernelError
 from quernel._validate import (
+    check_bool,
     check_choice,
     check_finite,
     check_float,
@@ -125,3 +126,14 @@ def test_integers_that_increase_pass():
 def test_other_sequences_do_not(value, message):
     with pytest.raises(QuernelError, match=message):
         check_increasing("dims", value, low=2, high=5)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_bool_is_kept(value: bool) -> None:
+    assert check_bool("causal", value) is value
+
+
+@pytest.mark.parametrize("value", ["no", 1, 0, None, [True]])
+def test_what_is_only_true_or_false_to_python_is_refused(value: object) -> None:
+    with pytest.raises(QuernelError, match=r"^causal must be True or False; got "):
+        check_bool("causal", value)

@@ -48,6 +48,13 @@ def check_probability(name: str, value: Any) -> float:
     return check_float(name, value, low=0.0, high=1.0)
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False; text and numbers say neither."""
+    if not isinstance(value, bool):
+        raise QuernelError(f"{name} must be True or False; got {value!r}")
+    return value
+
+
 def check_choice(name: str, value: Value, choices: Collection[Value]) -> Value:
     """Return ``value`` if it is one of ``choices``."""
     try:

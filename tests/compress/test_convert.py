@@ -160,7 +160,7 @@ def test_the_attention_of_minilm_becomes_the_same_mixer(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     ("mixer", "options"),
-    [("nalaformer", {"heads": 4, "lepe": None}), ("InceptionDWConv1d", {})],
+    [("nalaformer", {"num_heads": 4, "lepe": None}), ("InceptionDWConv1d", {})],
 )
 def test_the_attention_of_minilm_becomes_another_mixer(mixer: str, options: dict[str, Any]) -> None:
     pytest.importorskip("transformers")

@@ -37,6 +37,14 @@ def test_blocks_have_their_norms_behind() -> None:
     torch.testing.assert_close(block(x), block.norm2(y + block.ffn(y)))
 
 
+def test_the_last_stage_has_its_norms_in_front() -> None:
+    net, x = small(), 1e-3 * torch.randn(2, 5, 16)
+    block, head = net.stages[3][0], net.norm
+    assert {norm.eps for norm in (*block.norms, head)} == {1e-6}
+    y = x + block.mixer(block.norms[0](x))
+    torch.testing.assert_close(block(x), y + block.mlp(block.norms[1](y)))
+
+
 def test_other_image_sizes_work_and_their_positions_are_resized() -> None:
     net = small()
     x = torch.randn(2, 3, 64, 96)

@@ -61,6 +61,31 @@ def test_the_slow_loss_reaches_the_slow_nets_alone() -> None:
     assert reached and all(".world.slow." in name for name in reached)
 
 
+def test_the_penalty_is_the_sum_of_norms() -> None:
+    torch.manual_seed(0)
+    net = Terminator(size=4, factors=(4, 1), num_classes=3)
+    fast = slow = 0.0
+    for name, p in net.named_parameters():
+        parts = name.split(".")
+        net_of = next((m for n, m in net.named_modules() if isinstance(m, MAGNet) and name.startswith(n + ".")), None)
+        if net_of is None:
+            fast += float(p.detach().double().square().sum().sqrt())
+        elif parts[-1] == "weight":
+            slow += float(p.detach().double().square().sum().sqrt())
+        elif parts[-1] == "frequencies":  # one layer of sines each
+            slow += sum(float(u.double().square().sum().sqrt()) for u in p.detach())
+    penalty = net.norm_penalty(1e-3)
+    assert float(penalty) == pytest.approx(1e-3 * (fast + 1e-6 * slow), rel=1e-5)
+    assert slow > 1 and float(net.norm_penalty(0.0)) == 0.0
+    penalty.backward()
+    zeros = net.biases
+    assert float(zeros.detach().abs().max()) == 0 and torch.equal(zeros.grad, torch.zeros_like(zeros))
+    weight = net.head.weight
+    torch.testing.assert_close(weight.grad, 1e-3 * weight.detach() / weight.detach().norm())
+    with pytest.raises(QuernelError, match="factor"):
+        net.norm_penalty(-1.0)
+
+
 def test_it_trains_without_residuals() -> None:
     torch.manual_seed(0)
     net = Terminator(size=8, in_channels=1, factors=(12, 2), num_classes=4, dropout=(0, 0))

@@ -135,3 +135,7 @@ def test_gradients() -> None:
 def test_what_cannot_be_right_is_refused(arguments: Any, message: str) -> None:
     with pytest.raises(QuernelError, match=message):
         MAGNet(*arguments)
+
+
+def test_shapes_are_found_on_the_meta_device() -> None:
+    assert MAGNet(4, 2, 5, hidden=3).to("meta")().shape == (1, 4, 5, 5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any, ClassVar
 
 import pytest
@@ -9,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._registry import catalogue
 from quernel.nn import (
     ChannelsFirst,
     DropPath,
     H3Conv,
     HyperZZWLocal,
     LongConv,
+    LSConv,
     MetaBlock,
     Mixer,
     NeighborhoodAttention1d,
@@ -58,7 +62,9 @@ def registered(cls: type, **example: Any) -> type:
     return cls
 
 
-@pytest.mark.parametrize("name", ["shapes", "masks", "causality", "steps", "fuse", "groups"])
+@pytest.mark.parametrize(
+    "name", ["shapes", "no_tokens", "masks", "causality", "steps", "parameters_count", "fuse", "groups", "refusals"]
+)
 def test_a_right_mixer_passes_the_checks_of_mixers(name: str) -> None:
     CHECKS[name](registered(type("Right", (Mean,), {})))
 
@@ -67,14 +73,23 @@ def wrong(**members: Any) -> type:
     return registered(type("Wrong", (Mean,), members))
 
 
+def _with_a_gate(self: Any, dim: int, gate: bool = True) -> None:
+    Mixer.__init__(self, dim)
+    self.gate = bool(gate)
+
+
 @pytest.mark.parametrize(
     ("name", "cls"),
     [
         ("masks", wrong(_mix=lambda self, x, mask: x.mean(1, keepdim=True).expand_as(x))),
         ("shapes", wrong(_mix=lambda self, x, mask: x.narrow(1, 0, 1))),
+        ("no_tokens", wrong(forward=lambda self, x, mask=None, state=None: x.mean(1, keepdim=True))),
         ("causality", wrong(causal=True)),
         ("fuse", wrong(fuse=lambda self: nn.Identity())),
         ("groups", wrong(flops=lambda self, shape: 0)),
+        ("refusals", wrong(_check=lambda self, x: None)),
+        ("refusals", wrong(forward=lambda self, x, mask=None, state=None: self._check(x) or x)),
+        ("refusals", wrong(options=("gate",), __init__=_with_a_gate)),
     ],
 )
 def test_a_wrong_mixer_is_found(name: str, cls: type) -> None:
@@ -124,7 +139,16 @@ def test_masked_tokens_hold_anything() -> None:
     ("call", "message"),
     [
         (lambda m: m(draw(2, 3, 4, 5)), r"x must have shape \(B, \*S, 8\)"),
+        (lambda m: m(draw(2, 8, 4, 5)), "Wrap the mixer in ChannelsFirst"),
+        (lambda m: m(draw(2, 3, 8), mask=torch.zeros(2, 3)), r"^mask must be bool, .* Pass mask.bool\(\) .* mask == 0"),
+        (lambda m: m(draw(2, 3, 8), mask=torch.ones(2, 3).long()), "^mask must be bool"),
+        (lambda m: SoftmaxAttention(8, 2, causal="no"), "^causal must be True or False; got 'no'"),
+        (lambda m: SoftmaxAttention(8, 2, qkv_bias=1), "^qkv_bias must be True or False; got 1"),
         (lambda m: m(draw(2, 8)), "x must have shape"),
+        (lambda m: m(draw(2, 3, 8).int()), "x must hold real floating-point numbers; got torch.int32"),
+        (lambda m: m(draw(2, 3, 8).cfloat()), "x must hold real floating-point"),
+        (lambda m: m([[1.0]]), "x must be Tensor"),
+        (lambda m: m.step(draw(2, 8), None), "state must come from init_state"),
         (lambda m: m(draw(2, 3, 8), mask=torch.ones(2, 4, dtype=torch.bool)), r"mask must have shape \(2, 3\)"),
         (lambda m: m(draw(2, 3, 8), mask=[True]), "mask"),
         (lambda m: m(draw(2, 3, 8), state=(draw(2, 2, 0, 4),) * 2, mask=torch.ones(2, 3)), "mask cannot"),
@@ -142,6 +166,7 @@ def test_masked_tokens_hold_anything() -> None:
         (lambda m: make_mixer("lsnet", 8, heads=2), "mixer 'lsnet' has no option 'heads'; it takes "),
         (lambda m: MetaBlock(nn.Linear(8, 8)), "mixer"),
         (lambda m: MetaBlock(m, "resnet"), "style"),
+        (lambda m: MetaBlock(m, eps=0.0), "eps"),
         (lambda m: DropPath(1.0), "p must be"),
         (lambda m: replace_modules(nn.Sequential(m), nn.Conv2d, lambda old: old), "match finds nothing"),
         (lambda m: replace_modules(m, SoftmaxAttention, lambda old: old), "name must be that of a submodule"),
@@ -173,7 +198,7 @@ def test_make_mixer_leaves_every_system_buildable(name: str) -> None:
     needed: dict[str, dict[str, Any]] = {
         "hyperzzw": {"size": 4},
         "long-conv": {"l_max": 9},
-        "nalaformer": {"heads": 2},
+        "nalaformer": {"num_heads": 2},
         "neighborhood-attention": {"num_heads": 2, "kernel_size": 3},
         "sgconv": {"l_max": 9},
         "soft-attention": {"num_heads": 2},
@@ -262,6 +287,40 @@ def test_a_folded_norm_inside_a_mixer_is_told(tmp_path: Any) -> None:
     torch.testing.assert_close(twin(x), net(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("style", ["metaformer", "metanext"])
+def test_a_block_keeps_the_eps_of_its_norms(style: Any) -> None:
+    block = MetaBlock(SoftmaxAttention(8, 2), style, eps=1e-3)
+    assert {norm.eps for norm in MetaBlock.from_config(block.config()).norms} == {1e-3}
+
+
+@pytest.mark.parametrize("style", ["metaformer", "metanext", "lsnet"])
+def test_a_block_fuses_its_mixer_and_stays_as_it_was(style: Any) -> None:
+    torch.manual_seed(0)
+    block, x = MetaBlock(LSConv(8), style, ls_init=0.5).train(), draw(2, 6, 6, 8)
+    block(x)
+    block.eval()
+    before, fused = copy.deepcopy(block.state_dict()), block.fuse()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.mixer.lkp.modules())
+    torch.testing.assert_close(fused(x), block(x), **CLOSE)
+    assert list(before) == list(block.state_dict()) and not block.mixer.fused
+    assert not {id(p) for p in fused.parameters()} & {id(p) for p in block.parameters()}
+    twin = MetaBlock.from_config(fused.config()).eval()
+    twin.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(twin(x), fused(x), rtol=0, atol=0)
+    plain = MetaBlock(SoftmaxAttention(8, 2), style)
+    assert plain.fuse() is plain
+    with pytest.raises(QuernelError, match="call eval"):
+        block.train().fuse()
+
+
+def test_attention_mixers_count_their_heads_by_one_name() -> None:
+    classes = [entry.resolve() for entry in catalogue() if entry.contract == "mixer"]
+    among = [cls for cls in classes if cls.__module__.startswith("quernel.nn.attention.")]
+    options = {cls.__name__: {*inspect.signature(cls).parameters} for cls in among}
+    assert sum("num_heads" in names for names in options.values()) >= 6
+    assert not [name for name, names in options.items() if names & {"heads", "n_heads"}]
+
+
 def test_config_draws_nothing() -> None:
     block = MetaBlock(HyperZZWLocal(8, 3, hidden=8))
     state = torch.get_rng_state()
@@ -271,7 +330,7 @@ def test_config_draws_nothing() -> None:
 
 RECURRENT: list[tuple[Any, dict[str, Any]]] = [
     (SoftmaxAttention, {"num_heads": 2, "causal": True}),
-    (NormAwareLinearAttention, {"heads": 2, "causal": True}),
+    (NormAwareLinearAttention, {"num_heads": 2, "causal": True}),
     (NeighborhoodAttention1d, {"num_heads": 2, "kernel_size": 3, "is_causal": True}),
     (LongConv, {"l_max": 9}),
     (SGConv, {"l_max": 9}),

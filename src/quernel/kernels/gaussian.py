@@ -45,7 +45,11 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
             f"x and y must be (*batch, n, d) and (*batch, m, d); got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     wide = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-    result: Tensor = _GaussianKernel.apply(x.to(wide), y.to(wide))  # type: ignore[no-untyped-call]
+    x, y = x.to(wide), y.to(wide)
+    if x is y:
+        # torch.compile traces no function of its own that gets one tensor twice.
+        y = y.view_as(y)
+    result: Tensor = _GaussianKernel.apply(x, y)  # type: ignore[no-untyped-call]
     return result
 
 

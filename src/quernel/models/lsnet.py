@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
-from quernel._validate import check_int
+from quernel._validate import check_bool, check_int
 from quernel.nn import ChannelsFirst, LSConv, Mixer
 from quernel.nn._described import layer_config, layer_from_config
 from quernel.nn.conv.large_small import ConvNorm
@@ -269,7 +269,8 @@ class LSNet(nn.Module):
             )
         self._config: dict[str, Any] = {
             "img_size": img_size, "embed_dims": list(embed_dims), "depths": list(depths), "heads": list(heads),
-            "num_classes": num_classes, "stem_stride": stem_stride, "distillation": bool(distillation),
+            "num_classes": num_classes, "stem_stride": stem_stride,
+            "distillation": check_bool("distillation", distillation),
             "in_channels": check_int("in_channels", in_channels, low=1),
         }  # fmt: skip
         self.fused = False

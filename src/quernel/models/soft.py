@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._registry import register
 from quernel._validate import check_float, check_int
-from quernel.nn import DropPath, SoftmaxAttention, SoftmaxFreeAttention
+from quernel.nn import DropPath, MetaBlock, SoftmaxAttention, SoftmaxFreeAttention
 from quernel.nn.functional.nystrom import Inverse, Norm
 
 RATIOS, SKIPS = (8, 4, 2), (9, 5, 3)
@@ -29,6 +29,8 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = 
     "large": ((1, 3, 40, 5), (2, 4, 10, 16), (64, 128, 320, 512)),
 }
 SIDE = 224
+# Of the norms from the last stage on; the others have torch's 1e-5.
+CLASS_EPS = 1e-6
 
 
 def _example() -> dict[str, Any]:
@@ -52,20 +54,6 @@ class SoftTransformerBlock(nn.Module):
         x = self.norm1(x + self.drop(self.attn(x)))
         y: Tensor = self.norm2(x + self.drop(self.ffn(x)))
         return y
-
-
-class SoftmaxBlock(nn.Module):
-    """x = x + Attn(LN(x)), x = x + FFN(LN(x)), by softmax; (B, N, C)."""
-
-    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.drop = SoftmaxAttention(dim, num_heads), DropPath(drop_path)
-        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x)))
-        return x + self.drop(self.ffn(self.norm2(x)))
 
 
 def _embed(before: int, *channels: tuple[int, int]) -> nn.Sequential:
@@ -149,7 +137,7 @@ class SOFT(nn.Module):
             for _ in range(depths[i]):
                 rate = rates.pop(0)
                 if i == 3:
-                    blocks.append(SoftmaxBlock(dims[i], heads[i], rate))
+                    blocks.append(MetaBlock(SoftmaxAttention(dims[i], heads[i]), drop_path=rate, eps=CLASS_EPS))
                     continue
                 mixer = SoftmaxFreeAttention(
                     dims[i], heads[i], RATIOS[i], conv_size=SKIPS[i], inverse=inverse, norm=norm
@@ -163,7 +151,7 @@ class SOFT(nn.Module):
         )
         self.class_token = nn.Parameter(torch.empty(1, 1, dims[3]))
         self.class_position = nn.Parameter(torch.empty(1, 1, dims[3]))
-        self.norm, self.head = nn.LayerNorm(dims[3], eps=1e-6), nn.Linear(dims[3], num_classes)
+        self.norm, self.head = nn.LayerNorm(dims[3], eps=CLASS_EPS), nn.Linear(dims[3], num_classes)
         for parameter in (*self.positions, self.class_token, self.class_position):
             nn.init.trunc_normal_(parameter, std=0.02)
 

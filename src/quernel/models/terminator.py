@@ -17,12 +17,13 @@ from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_float, check_int
 from quernel.nn.conv.sfne import SFNEBlock, tiled
+from quernel.nn.magnet import MAGNet
 
 # The network for images of 32 x 32: channels in, growth, layers of the global slow nets, dropout, earlier blocks.
 FACTORS, LAYERS, DROPOUT = (4, 3, 2, 2, 2), (3, 2, 2, 2, 2), (0.0, 0.05, 0.05, 0.05, 0.05)
 EARLIER = ((), (), (0,), (1,), (2, 1))
-# What the public training revision builds every slow net with.
-RELEASED_OMEGA = 2000.0
+# Of the norms of slow nets beside those of fast ones.
+SLOW_SHARE = 1e-6
 
 
 def _example() -> dict[str, Any]:
@@ -141,6 +142,28 @@ class Terminator(nn.Module):
         """Return ``slow_neural_loss`` of the global kernels of all blocks."""
         blocks: Any = self.blocks
         return slow_neural_loss([block.kernel() for block in blocks], self.factors)
+
+    def norm_penalty(self, factor: float = 4e-5) -> Tensor:
+        """Return a penalty on the size of the parameters, which published training adds to the loss.
+
+        Parameters
+        ----------
+        factor : float, default=4e-5
+            >= 0; 4e-5 to 5e-5 are published.
+
+        Returns
+        -------
+        penalty : Tensor, shape ()
+            factor (sum of ||p|| + 1e-6 sum of ||w||): p are the tensors outside of the slow nets, w the weights of the
+            layers in these.  Norms are not squared; that of zeros has a gradient of zero.
+        """
+        check_float("factor", factor, low=0.0)
+        nets = [module for module in self.modules() if isinstance(module, MAGNet)]
+        inside = {id(p) for net in nets for p in net.parameters()}
+        fast = [p for p in self.parameters() if id(p) not in inside]
+        slow = [w for net in nets for w in net.layer_weights()]
+        total = torch.stack([torch.linalg.vector_norm(p) for p in fast]).sum()
+        return factor * (total + SLOW_SHARE * torch.stack([torch.linalg.vector_norm(w) for w in slow]).sum())
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

@@ -82,6 +82,7 @@ __getattr__, __dir__, __all__ = attach(
         "functional": ".functional",
         "make_mixer": "._make_mixer",
         "mixer_names": "._make_mixer",
+        "param_groups": "._param_groups",
         "replace_module": "._replace",
         "replace_modules": "._replace",
         "roast_param_groups": ".hashed._memory",

@@ -14,6 +14,19 @@ from quernel._errors import QuernelError
 from quernel._module_tree import is_registered
 from quernel._plain_layers import build_layer, describe_layer, is_plain_layer
 from quernel._registry import resolve_class
+from quernel._validate import check_type
+
+
+def check_config(name: str, config: Any, fields: tuple[str, ...]) -> None:
+    """Raise unless ``config`` of the class ``name`` holds these fields and no others."""
+    held = check_type("config", config, dict)
+    missing, unknown = [f for f in fields if f not in held], [repr(f) for f in held if f not in fields]
+    if missing or unknown:
+        lacks = [f"it lacks {', '.join(missing)}"] if missing else []
+        lacks += [f"{name} has no {', '.join(unknown)}"] if unknown else []
+        raise QuernelError(
+            f"config must be what {name}.config() returns, with {', '.join(fields)}; {' and '.join(lacks)}"
+        )
 
 
 def layer_config(layer: nn.Module) -> dict[str, Any]:

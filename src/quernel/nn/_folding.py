@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from quernel.nn.functional.batch_norm import fold_batch_norm
 
 
 def folded(net: nn.Sequential) -> nn.Sequential:
@@ -21,7 +22,14 @@ def folded(net: nn.Sequential) -> nn.Sequential:
     for layer in copy.deepcopy(net).eval():
         before = layers[-1] if layers else None
         if isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
-            layers[-1] = fuse_conv_bn_eval(before, layer)
+            _fold_into(before, layer)
         else:
             layers.append(layer)
     return nn.Sequential(*layers).eval()
+
+
+def _fold_into(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Give a convolution the work of the batch norm behind it."""
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    weight, bias = fold_batch_norm(conv.weight, conv.bias, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+    conv.weight, conv.bias = (nn.Parameter(t.detach(), conv.weight.requires_grad) for t in (weight, bias))

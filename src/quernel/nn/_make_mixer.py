@@ -51,8 +51,18 @@ def make_mixer(name: str, dim: int, **options: Any) -> Mixer:
     raise QuernelError(f"name must be one of {', '.join(mixer_names())}, or the name of a mixer's class; got {name!r}")
 
 
+def _options_of(cls: type) -> list[inspect.Parameter]:
+    """Return the options after ``dim``, those in place of ``**options`` too, which are the base class's."""
+    own = list(inspect.signature(cls).parameters.values())[1:]
+    if not any(p.kind is p.VAR_KEYWORD for p in own):
+        return own
+    own = [p for p in own if p.kind is not p.VAR_KEYWORD]
+    names = {p.name for p in own}
+    return own + [p for p in _options_of(cls.__mro__[1]) if p.name not in names]
+
+
 def _check_options(name: str, cls: type, options: Mapping[str, Any]) -> None:
-    own = list(inspect.signature(cls).parameters.values())[1:]  # after dim
+    own = _options_of(cls)
     takes = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in own) or "no options"
     missing = [p.name for p in own if p.default is p.empty and p.name not in options]
     if missing:

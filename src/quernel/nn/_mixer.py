@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quernel._errors import QuernelError
 from quernel._module_tree import changed_modules, signature, swap_modules
 from quernel._validate import check_int, check_type
+from quernel.nn._described import check_config
 
 
 class Mixer(nn.Module, ABC):
@@ -53,8 +54,8 @@ class Mixer(nn.Module, ABC):
         x : Tensor, shape (B, *S, C)
             Tokens of one sample, channels last.
         mask : Tensor, shape (B, *S), optional
-            True where a token counts.  Others are read as zeros and left out of every mean and sum; what stands in
-            their place in the output has no meaning.
+            Bool, True where a token counts.  Others are read as zeros and left out of every mean and sum; what stands
+            in their place in the output has no meaning.
         state : optional
             From ``init_state`` or an earlier call: x goes on where that ended.  Causal mixers only, S of one axis.
 
@@ -65,17 +66,20 @@ class Mixer(nn.Module, ABC):
         Raises
         ------
         QuernelError
-            If the shapes do not fit.
+            If x is not floating, the mask not bool, or the shapes do not fit.
         """
         self._check(x)
+        if mask is not None and state is not None:
+            raise QuernelError("mask cannot be given with state: a token that goes on from a state is always kept")
         given, x = x.dtype, widened(x, self)
         if mask is not None:
-            mask = self._checked_mask(mask, x)
+            mask = checked_mask(mask, x)
             x = x.masked_fill(~mask[..., None], 0.0)
+        if 0 in x.shape[1:-1]:
+            # Without tokens there is nothing to mix, and most operations refuse it.
+            return x.to(given) if state is None else (x.to(given), state)
         if state is None:
             return self._mix(x, mask).to(given)
-        if mask is not None:
-            raise QuernelError("mask cannot be given with state: a token that goes on from a state is always kept")
         self._check_recurrent()
         y, state = self._continue(x, state)
         return y.to(given), state
@@ -89,15 +93,15 @@ class Mixer(nn.Module, ABC):
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Return the output of one more token and the state after it; equals ``forward`` token by token.
 
+        A stream may be longer than ``max_len``, which ``forward`` refuses: kernels then reach ``max_len`` tokens back.
+
         Parameters
         ----------
         x : Tensor, shape (B, C)
         state
             From ``init_state`` or the step before.
         """
-        if x.ndim != 2:
-            raise QuernelError(f"x must have shape (B, C), one token a stream; got {tuple(x.shape)}")
-        y, state = self(x[:, None], state=state)
+        y, state = self(one_token(x, state), state=state)
         return y[:, 0], state
 
     @abstractmethod
@@ -122,6 +126,7 @@ class Mixer(nn.Module, ABC):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build an untrained mixer from ``config()``."""
+        check_config(cls.__name__, config, ("dim", *cls.options, "replaced"))
         new = cls(**{name: config[name] for name in ("dim", *cls.options)})
         swap_modules(new, config["replaced"], file=cls.__name__)
         return new
@@ -152,24 +157,43 @@ class Mixer(nn.Module, ABC):
         return QuernelError(f"{type(self).__name__} has no recurrent form{why}")
 
     def _check(self, x: Tensor) -> None:
+        """Raise unless x, (B, *S, C), is what ``forward`` takes."""
+        if not check_type("x", x, Tensor).is_floating_point():
+            raise QuernelError(f"x must hold real floating-point numbers; got {x.dtype}. Convert it, or take x.real")
         if x.ndim - 2 not in self.spatial_ndim or x.shape[-1] != self.dim:
             axes = " or ".join(map(str, self.spatial_ndim))
+            first = x.ndim - 2 in self.spatial_ndim and x.shape[1] == self.dim
             raise QuernelError(
-                f"x must have shape (B, *S, {self.dim}), channels last, with {axes} axes in S; got {tuple(x.shape)}. "
-                "Wrap the mixer in ChannelsFirst for (B, C, *S)"
+                f"x must have shape (B, *S, {self.dim}), channels last, with {axes} axes in S; got {tuple(x.shape)}"
+                f"{'. Wrap the mixer in ChannelsFirst for (B, C, *S)' if first else ''}"
             )
         if self.fixed_shape is not None and tuple(x.shape[1:-1]) != self.fixed_shape:
             raise QuernelError(f"x must have the spatial shape {self.fixed_shape}; got {tuple(x.shape[1:-1])}")
         if self.max_len is not None and x.shape[1:-1].numel() > self.max_len:
             raise QuernelError(f"x must have at most {self.max_len} tokens; got {x.shape[1:-1].numel()}")
 
-    def _checked_mask(self, mask: Tensor, x: Tensor) -> Tensor:
-        check_type("mask", mask, Tensor)
-        if mask.shape != x.shape[:-1]:
-            raise QuernelError(
-                f"mask must have shape {tuple(x.shape[:-1])}, as x without channels; got {tuple(mask.shape)}"
-            )
-        return mask.bool()
+
+def checked_mask(mask: Tensor, x: Tensor) -> Tensor:  # (B, *S), (B, *S, C)
+    """Return the mask of the tokens of x that count, if it is one."""
+    if check_type("mask", mask, Tensor).dtype is not torch.bool:
+        raise QuernelError(
+            f"mask must be bool, True where a token counts; got {mask.dtype}. Pass mask.bool() if it is 1 there, "
+            "mask == 0 if it is added to scores"
+        )
+    if mask.shape != x.shape[:-1]:
+        raise QuernelError(
+            f"mask must have shape {tuple(x.shape[:-1])}, as x without channels; got {tuple(mask.shape)}"
+        )
+    return mask
+
+
+def one_token(x: Tensor, state: Any) -> Tensor:  # (B, C) -> (B, 1, C)
+    """Return one token a stream as sequences, if that is what x is and there is a state to go on from."""
+    if check_type("x", x, Tensor).ndim != 2:
+        raise QuernelError(f"x must have shape (B, C), one token a stream; got {tuple(x.shape)}")
+    if state is None:
+        raise QuernelError("state must come from init_state or the step before; got None")
+    return x[:, None]
 
 
 def widened(x: Tensor, module: nn.Module) -> Tensor:

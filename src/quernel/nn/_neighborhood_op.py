@@ -189,7 +189,10 @@ def _backward_fake(
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise QuernelError('neighborhood attention has no second derivative; take backend="dense" where one is needed')
+    raise QuernelError(
+        "neighborhood attention has no second derivative; where one is needed call quernel.nn.functional.na1d, na2d or "
+        'na3d with backend="dense", which the layers do not take'
+    )
 
 
 torch.library.register_autograd("quernel::neighborhood_attention", _grad, setup_context=_setup, lib=_library)

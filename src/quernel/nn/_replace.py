@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from quernel._errors import QuernelError
+from quernel._validate import check_type
 
 
 def names_of(model: nn.Module, module: nn.Module) -> list[str]:
@@ -37,7 +38,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         old = model.get_submodule(name)
     except AttributeError as error:
         raise QuernelError(f"name must be a submodule of {type(model).__name__}; got {name!r}") from error
-    new.train(old.training)
+    check_type("new", new, nn.Module).train(old.training)
     for alias in names_of(model, old):
         parent, _, child = alias.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
@@ -57,7 +58,7 @@ def replace_modules(
     match : type or callable (name, module) -> bool
         Which to replace.  Nothing is sought inside a module that matches.
     factory : callable (module) -> module
-        Makes the new module from the old one; a module known by several names is replaced once.
+        Makes the new module from the old one, another for each; a module known by several names is replaced once.
 
     Returns
     -------
@@ -67,7 +68,8 @@ def replace_modules(
     Raises
     ------
     QuernelError
-        If nothing matches, or the model itself does.
+        If nothing matches, or the model itself does; if the factory returns no module, or one for two places, whose
+        weights would be tied.  The model is as it was then.
 
     Examples
     --------
@@ -82,6 +84,18 @@ def replace_modules(
             names.append(name)
     if not names:
         raise QuernelError(f"match finds nothing in {type(model).__name__}. List model.named_modules() and match those")
+    made: dict[str, nn.Module] = {}
     for name in names:
-        replace_module(model, name, factory(model.get_submodule(name) if name else model))
+        new = factory(model.get_submodule(name) if name else model)
+        if not isinstance(new, nn.Module):
+            raise QuernelError(f"factory must return a module for {name!r}; got {type(new).__name__}")
+        twins = [earlier for earlier, module in made.items() if module is new]
+        if twins:
+            raise QuernelError(
+                f"factory must make a module for each place; it returned the same for {twins[0]!r} and {name!r}, whose "
+                "weights would be tied. Build it inside of the factory, or tie on purpose by replace_module"
+            )
+        made[name] = new
+    for name, new in made.items():
+        replace_module(model, name, new)
     return names

@@ -10,10 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_type
-from quernel.nn._described import layer_config, layer_from_config
+from quernel.nn._described import check_config, layer_config, layer_from_config
 from quernel.nn._mixer import Mixer
 
 
@@ -52,6 +53,13 @@ class ChannelsFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, *S) -> (B, C, *S)
         """Mix and move the channels back."""
+        ranks, dim = self.mixer.spatial_ndim, self.mixer.dim
+        if check_type("x", x, Tensor).ndim - 2 not in ranks or x.shape[1] != dim:
+            last = ". Use the mixer itself for (B, *S, C)" if x.ndim - 2 in ranks and x.shape[-1] == dim else ""
+            axes = " or ".join(map(str, ranks))
+            raise QuernelError(
+                f"x must have shape (B, {dim}, *S), channels first, with {axes} axes in S; got {tuple(x.shape)}{last}"
+            )
         y: Tensor = self.mixer(x.movedim(1, -1)).movedim(-1, 1)
         return y
 
@@ -66,4 +74,5 @@ class ChannelsFirst(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build the layer around an untrained mixer."""
+        check_config(cls.__name__, config, ("mixer",))
         return cls(layer_from_config(config["mixer"]))  # type: ignore[arg-type]

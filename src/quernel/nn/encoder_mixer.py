@@ -15,7 +15,7 @@ from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
 from quernel._validate import check_type
-from quernel.nn._described import layer_config, layer_from_config
+from quernel.nn._described import check_config, layer_config, layer_from_config
 from quernel.nn._mixer import Mixer
 
 
@@ -90,6 +90,7 @@ class EncoderMixer(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build the layer around an untrained mixer."""
+        check_config(cls.__name__, config, ("mixer",))
         return cls(layer_from_config(config["mixer"]))  # type: ignore[arg-type]
 
 

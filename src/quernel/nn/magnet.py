@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from quernel._errors import QuernelError
 from quernel._validate import check_float, check_int
+from quernel.nn._mixer import widened
 
 # Beyond it the arguments of the sine are so large that float32 would lose digits, each device others.
 EXACT_OMEGA = 30.0
@@ -121,7 +123,14 @@ class MAGNet(nn.Module):
         Returns
         -------
         w : Tensor, shape (B or 1, out_channels, *grid)
+            In the precision of the parameters, within autocast too.
         """
+        # Phases lose their fraction in half precision, and a kernel may outlive the region that asked for it.
+        kind = self.frequencies.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            return self._generated(None if content is None else widened(content, self), size)
+
+    def _generated(self, content: Tensor | None, size: Sequence[int] | None) -> Tensor:
         grid = self.size if size is None else tuple(size)
         waves = self._waves(grid)  # (layers + 1, *grid, hidden)
         bias = self.map if grid == self.size else self._resized(grid)
@@ -134,6 +143,10 @@ class MAGNet(nn.Module):
                 z = renormalised(z, self.keep[i], self.renew[i]) * self.modulate[i](inner)
         w: Tensor = self.out(z)
         return w.movedim(-1, 1)
+
+    def layer_weights(self) -> list[Tensor]:
+        """Return the matrices of the layers, those of the sines included; no biases, maps and factors."""
+        return [*self.frequencies, *(m.weight for m in self.modules() if isinstance(m, nn.Linear))]
 
     def extra_repr(self) -> str:
         """Show the sizes."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quernel._errors import QuernelError
 from quernel._registry import example_of
 from quernel.testing._modules_shared import made as made_module
 from quernel.testing._modules_shared import run
@@ -44,6 +46,24 @@ def check_shapes(cls: type) -> None:
         # The layout of an image that torch's convolutions made: channels first in memory.
         (other,) = run(module, (x.movedim(-1, 1).contiguous().movedim(1, -1),))
         require_close(cls, f"output for channels first in memory, {shape}", other, y)
+
+
+def check_no_tokens(cls: type) -> None:
+    """Samples without tokens give outputs without tokens, and leave a state as it was."""
+    module, inputs = made(cls)
+    if module.fixed_shape is not None:
+        return
+    x = inputs[0]
+    for axis in range(1, x.ndim - 1):
+        (y,) = run(module, (x.narrow(axis, 0, 0),))
+        require(y.shape == x.narrow(axis, 0, 0).shape, cls, f"no tokens on axis {axis} give shape {tuple(y.shape)}")
+    if type(module).init_state is not _base().init_state:
+        with torch.no_grad():
+            y, state = module(x[:, :0], state=module.init_state(len(x)))
+            first, _ = module(x, state=state)
+            wanted, _ = module(x, state=module.init_state(len(x)))
+        require(y.shape == x[:, :0].shape, cls, f"no tokens after a state give shape {tuple(y.shape)}")
+        require_close(cls, "output after no tokens", first, wanted)
 
 
 def check_masks(cls: type) -> None:
@@ -103,6 +123,21 @@ def check_steps(cls: type) -> None:
     require_close(cls, "output in two pieces", torch.cat([first, second], 1), wanted)
 
 
+def check_parameters_count(cls: type) -> None:
+    """After a change of its parameters, even one that torch does not count, and ``eval()``, a mixer is a new one."""
+    module, inputs = made(cls)
+    run(module, inputs)
+    _first_step(module, inputs)
+    for parameter in module.parameters():
+        parameter.data.mul_(0.5)
+    module.eval()
+    twin = cls.from_config(module.config()).eval()  # type: ignore[attr-defined]
+    twin.load_state_dict(module.state_dict())
+    got, wanted = [*run(module, inputs), *_first_step(module, inputs)], [*run(twin, inputs), *_first_step(twin, inputs)]
+    for y, want in zip(got, wanted, strict=True):
+        require_close(cls, "output with other parameters", y, want)
+
+
 def check_fuse(cls: type) -> None:
     """The fused module gives the same outputs and leaves the mixer as it was."""
     module, inputs = made(cls)
@@ -114,6 +149,30 @@ def check_fuse(cls: type) -> None:
     after = module.state_dict()
     same = list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
     require(same, cls, "fuse() changes the mixer")
+
+
+def check_refusals(cls: type) -> None:
+    """Integers, masks that are not bool and options that are neither True nor False raise, and say which it was."""
+    module, inputs = made(cls)
+    x = inputs[0]
+    kept = torch.zeros(x.shape[:-1])
+    _require_refused(cls, "x", "an x of integers", lambda: module(torch.ones_like(x, dtype=torch.int64)))
+    _require_refused(cls, "mask", "a mask that is added to scores", lambda: module(x, mask=kept))
+    _require_refused(cls, "mask", "a mask of integers", lambda: module(x, mask=kept.long()))
+    options = {name: getattr(module, name) for name in ("dim", *cls.options)}  # type: ignore[attr-defined]
+    for name, value in options.items():
+        for flag in value if isinstance(value, tuple) else (value,):
+            if isinstance(flag, bool):
+                _require_refused(cls, name, f"{name}='no'", lambda name=name: cls(**options | {name: "no"}))  # type: ignore[misc]
+
+
+def _require_refused(cls: type, name: str, what: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except QuernelError as error:
+        require(str(error).startswith(f"{name} "), cls, f"{what} is refused without naming {name!r} first: {error}")
+        return
+    require(False, cls, f"{what} is taken")
 
 
 def check_groups(cls: type) -> None:
@@ -129,6 +188,15 @@ def check_groups(cls: type) -> None:
 def made(cls: type) -> tuple[Any, tuple[Tensor, ...]]:
     """Return a fresh example in eval mode and its inputs."""
     return made_module(cls)
+
+
+def _first_step(module: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the output of one token from the first state, or nothing where there is no recurrent form."""
+    if type(module).init_state is _base().init_state:
+        return []
+    with torch.no_grad():
+        y, _ = module.step(inputs[0][:, 0], module.init_state(len(inputs[0])))
+    return [y]
 
 
 def _base() -> Any:
@@ -161,9 +229,12 @@ def _shapes(cls: type, module: Any) -> list[tuple[int, ...]]:
 
 CHECKS = MODULE_CHECKS | {
     "shapes": check_shapes,
+    "no_tokens": check_no_tokens,
     "masks": check_masks,
     "causality": check_causality,
     "steps": check_steps,
+    "parameters_count": check_parameters_count,
     "fuse": check_fuse,
     "groups": check_groups,
+    "refusals": check_refusals,
 }

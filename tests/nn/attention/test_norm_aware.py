@@ -29,8 +29,8 @@ def by_formula(layer: Any, x: Tensor, angles: Tensor | None) -> Tensor:
     """One image (H, W, C) in float64, by the reference for every head."""
     height, width, channels = x.shape
     q, k, v, g = layer.project(x.flatten(0, 1)).split(channels, dim=-1)
-    size, y = channels // layer.heads, torch.zeros(height * width, channels, dtype=x.dtype)
-    for h in range(layer.heads):
+    size, y = channels // layer.num_heads, torch.zeros(height * width, channels, dtype=x.dtype)
+    for h in range(layer.num_heads):
         part = slice(h * size, (h + 1) * size)
         if isinstance(layer, GatedSoftmaxAttention):
             a, b = (reference.turned(torch.cat([t[:, part]] * 2, -1), angles)[:, :size] for t in (q, k))
@@ -182,7 +182,7 @@ def test_halves_of_parameters_are_computed_in_float32() -> None:
 
 
 def test_make_mixer_knows_it() -> None:
-    assert isinstance(make_mixer("nalaformer", 8, heads=2), NormAwareLinearAttention)
+    assert isinstance(make_mixer("nalaformer", 8, num_heads=2), NormAwareLinearAttention)
 
 
 def test_flops_count_what_grows() -> None:
@@ -194,7 +194,7 @@ def test_flops_count_what_grows() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: made(8, 3), "heads must divide dim=8"),
+        (lambda: made(8, 3), "num_heads must divide dim=8"),
         (lambda: made(12, 2, rope="2d"), "multiple of 4"),
         (lambda: made(6, 2, rope="1d"), "multiple of 2"),
         (lambda: made(8, 2, lepe=4), "lepe must be odd"),
@@ -224,7 +224,7 @@ def test_flops_count_what_grows() -> None:
             "state must hold tensors of shapes",
         ),
         (lambda: made(8, 2)(draw(1, 4, 8)), r"x must have shape \(B, \*S, 8\)"),
-        (lambda: made(8, 2)(draw(1, 4, 4, 8), mask=torch.ones(1, 4, 5)), "mask must have shape"),
+        (lambda: made(8, 2)(draw(1, 4, 4, 8), mask=torch.ones(1, 4, 5, dtype=torch.bool)), "mask must have shape"),
     ],
 )
 def test_what_cannot_be_right_is_refused(call: Any, message: str) -> None:

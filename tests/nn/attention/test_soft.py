@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quernel._errors import QuernelError
-from quernel.nn import GaussianAttention, SoftmaxFreeAttention, make_mixer
+from quernel.nn import GaussianAttention, MetaBlock, SoftmaxFreeAttention, make_mixer
 from tests.reference import soft_attention as reference
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -80,6 +80,31 @@ def test_pooled_landmarks_are_means_of_the_tokens_that_count() -> None:
     torch.testing.assert_close(marks[0, 0], torch.stack(cells), **CLOSE)
 
 
+def test_random_landmarks_are_queries_drawn_anew_in_training_alone() -> None:
+    mixer, x = made(8, 2, 2, landmarks="random"), draw(3, 5, 4, 8)
+    q, _v = mixer._heads(x.flatten(1, 2))
+    torch.manual_seed(1)
+    first, second = (mixer._landmarks(q, None, (5, 4))[0] for _ in range(2))
+    assert first.shape == (3, 2, 6, 4) and not torch.equal(first, second)
+    # Each is a query, none twice, at the same place in every sample and head.
+    same = (q[:, :, :, None] == first[:, :, None]).all(-1)
+    assert (same.sum(2) == 1).all() and torch.equal(same, same[:1, :1].expand_as(same))
+    torch.manual_seed(1)
+    assert torch.equal(mixer._landmarks(q, None, (5, 4))[0], first)
+    evenly = made(8, 2, 2, landmarks=6).eval()
+    state = torch.get_rng_state()
+    torch.testing.assert_close(mixer.eval()(x), evenly(x), rtol=0, atol=0)
+    assert torch.equal(state, torch.get_rng_state())
+    # Masked tokens are drawn too and do not count.
+    mask = torch.arange(20).view(1, 5, 4).expand(3, 5, 4) < 9
+    masked, hidden = mixer.train(), x.masked_fill(~mask[..., None], 7.0)
+    torch.manual_seed(2)
+    got = masked(x, mask=mask)
+    torch.manual_seed(2)
+    torch.testing.assert_close(masked(hidden, mask=mask)[mask], got[mask])
+    assert mixer.config()["landmarks"] == "random"
+
+
 def test_heads_share_their_landmarks_convolution_and_have_a_skip_kernel_each() -> None:
     mixer = made(12, 3, ratio=4, conv_size=5)
     assert mixer.reduce.weight.shape == (4, 4, 4, 4) and mixer.reduce.bias is None
@@ -116,6 +141,7 @@ def test_tokens_can_be_reordered_given_their_landmarks() -> None:
     torch.testing.assert_close(got, nystrom_apply(q, marks, v, norm="token")[order], **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:Newton's iteration has not converged")
 def test_samples_do_not_depend_on_each_other_by_newton() -> None:
     mixer = made(8, 2, inverse="newton", iters=6)
     x = draw(3, 6, 6, 8)
@@ -141,7 +167,7 @@ def test_flops_count_the_products() -> None:
     [
         (lambda: made(8, 3), "num_heads must divide"),
         (lambda: made(8, 2, 0), "ratio"),
-        (lambda: made(8, 2, landmarks="random"), "landmarks"),
+        (lambda: made(8, 2, landmarks="sampled"), "landmarks"),
         (lambda: made(8, 2, landmarks=0), "landmarks"),
         (lambda: made(8, 2, conv_size=4), "conv_size must be odd"),
         (lambda: made(8, 2, eps=0.0), "eps"),
@@ -155,3 +181,22 @@ def test_flops_count_the_products() -> None:
 def test_what_cannot_be_right_is_refused(call: Any, message: str) -> None:
     with pytest.raises(QuernelError, match=message):
         call()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GaussianAttention(8, 2),
+        *(lambda inverse=inverse: made(8, 2, inverse=inverse) for inverse in ("cholesky", "newton", "pinv")),
+        lambda: MetaBlock(made(8, 2)),
+    ],
+    ids=["exact", "cholesky", "newton", "pinv", "block"],
+)
+def test_it_compiles_whole_with_gradients(make: Any) -> None:
+    torch.manual_seed(0)
+    layer, x = make(), draw(2, 5, 6, 8).requires_grad_()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    got, wanted = (torch.autograd.grad(f(x).square().sum(), [x, *layer.parameters()]) for f in (compiled, layer))
+    torch.testing.assert_close(got, wanted, **CLOSE)
+    torch.compiler.reset()

@@ -95,6 +95,33 @@ def test_gradients_of_the_global_form(mode: Any) -> None:
     assert torch.autograd.gradcheck(mixer, (draw(2, 3, 3, 2).double().requires_grad_(),))
 
 
+@pytest.mark.parametrize("context", ["sample", "batch", "none"])
+def test_masked_places_are_left_out_of_the_content(context: Any) -> None:
+    mixer, x = made(HyperZZWLocal, 4, 1, context, hidden=6), draw(2, 5, 6, 4)
+    mask = torch.ones(2, 5, 6, dtype=torch.bool)
+    mask[:, 3:], mask[:, :, 4:] = False, False
+    # With one cell the content is the mean, that of the smaller image.
+    torch.testing.assert_close(mixer(x, mask=mask)[:, :3, :4], mixer(x[:, :3, :4]), **CLOSE)
+    wide = made(HyperZZWLocal, 4, 3, context, hidden=6)
+    torch.testing.assert_close(wide(x, mask=torch.ones_like(mask)), wide(x), **CLOSE)
+    assert wide(x, mask=torch.zeros_like(mask)).isfinite().all()
+
+
+@pytest.mark.parametrize("cls", [HyperZZWGlobal, HyperZZWLocal])
+def test_autocast_leaves_the_kernel_in_full_precision(cls: Any) -> None:
+    """A kernel kept within autocast is the one that plain calls meet afterwards."""
+    mixer, plain = made(cls, 4, 5, hidden=6), made(cls, 4, 5, hidden=6)
+    x = draw(2, 5, 5, 4)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = mixer(x)
+            assert mixer.slow(None if cls is HyperZZWGlobal else x.movedim(-1, 1)).dtype == torch.float32
+            # Content made narrow by the layers before.
+            assert mixer.slow(None if cls is HyperZZWGlobal else x.movedim(-1, 1).bfloat16()).dtype == torch.float32
+        assert torch.equal(mixer(x), plain(x))
+    torch.testing.assert_close(cast, plain(x), rtol=0.05, atol=0.05)
+
+
 def test_the_kernel_is_kept_until_a_parameter_changes() -> None:
     mixer = made(HyperZZWGlobal, 3, 4, hidden=5)
     calls = []

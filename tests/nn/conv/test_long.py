@@ -285,6 +285,15 @@ def test_h3_takes_structured_kernels_and_masks() -> None:
     assert all(float(f.strength) == 0 for f in mixer.filters)
 
 
+def started() -> LongConv:
+    return made(LongConv, 4, 8)
+
+
+def online(mixer: LongConv, batch: int) -> Any:
+    """Return a state of so many streams after one token."""
+    return mixer.step(draw(batch, 4), mixer.init_state(batch, online=True))[1]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -300,8 +309,18 @@ def test_h3_takes_structured_kernels_and_masks() -> None:
         (lambda: LongConv(4, 8, kernel_type="dense"), "kernel_type"),
         (lambda: LongConv(4, 8, bidirectional=True).init_state(1), "bidirectional=False"),
         (lambda: LongConv(4, 8, butterfly="learned").init_state(1), "recurrent form"),
-        (lambda: LongConv(4, 8)(torch.zeros(1, 8, 4, dtype=torch.complex64)), "real floating-point"),
-        (lambda: LongConv(4, 8)(torch.zeros(1, 8, 4, dtype=torch.int64)), "real floating-point"),
+        (lambda: LongConv(4, 8)(torch.zeros(1, 8, 4, dtype=torch.complex64)), "x must hold real floating-point"),
+        (lambda: LongConv(4, 8)(torch.zeros(1, 8, 4, dtype=torch.int64)), "x must hold real floating-point"),
+        (lambda: H3Conv(4, 8)(torch.zeros(1, 8, 4, dtype=torch.complex64)), "x must hold real floating-point"),
+        (lambda: H3Conv(4, 8)(torch.zeros(1, 8, 4, dtype=torch.int64)), "x must hold real floating-point"),
+        (lambda: LongConv(4, 8).step(draw(2, 4), LongConv(4, 8).init_state(3)), "state must hold .* of 2 streams"),
+        (lambda: LongConv(4, 8).step(draw(2, 4), (draw(2, 4, 1),)), "state must hold .*; got tuple"),
+        (lambda: LongConv(4, 8).step(draw(2, 4), 5), "state must hold .*; got int"),
+        (lambda: LongConv(4, 8).step(draw(2, 4), None), "state must come from init_state"),
+        (lambda: started().step(draw(2, 4), online(started(), 3)), "state must hold .* of 2 streams"),
+        (lambda: H3Conv(4, 8).step(draw(2, 4), H3Conv(4, 8).init_state(3)), "state must hold .* of 2 streams"),
+        (lambda: H3Conv(4, 8).step(draw(2, 4), (draw(2, 4, 0), 1)), "state must hold .*; got int"),
+        (lambda: H3Conv(4, 8).step(draw(2, 4), 3), "two windows of init_state; got int"),
         (lambda: LongConvBlock(4, 8, norm="group"), "norm"),
         (lambda: LearnedButterfly(24), "power of two"),
         (lambda: LearnedButterfly(8)(draw(1, 1, 9), draw(1, 1, 8)), "at most n=8"),

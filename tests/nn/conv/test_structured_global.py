@@ -227,6 +227,9 @@ def test_kernels_train_slowly_and_do_not_decay() -> None:
         (lambda: SGConv(3, 8, init="zeros"), "init"),
         (lambda: SGConv(3, 8, activation="tanh"), "activation"),
         (lambda: SGConv(3, 8, bidirectional=True).init_state(1), "bidirectional=False"),
+        (lambda: SGConv(3, 8)(torch.zeros(1, 8, 3, dtype=torch.int64)), "x must hold real floating-point"),
+        (lambda: SGConv(3, 8).step(torch.zeros(2, 3), torch.zeros(1, 3, 0)), "state must hold .* of 2 streams"),
+        (lambda: SGConv(3, 8).step(torch.zeros(2, 3), "start"), "state must hold .*; got str"),
     ],
 )
 def test_what_cannot_be_right_is_refused(call: Any, message: str) -> None:

@@ -242,6 +242,7 @@ def test_it_compiles_whole() -> None:
         ({"rope": rope1d(4, 6)}, "rope must have shape"),
         ({"decay": torch.ones(2)}, "decay needs causal=True"),
         ({"state": STATE}, "state needs causal=True"),
+        ({"decay": 2.0, "causal": True}, "^decay must be Tensor"),
         ({"decay": torch.ones(3), "causal": True}, r"decay must have shape \(2,\)"),
         ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask must be bool of shape \(2, 4\)"),
         ({"mask": torch.ones(2, 4)}, "mask must be bool"),

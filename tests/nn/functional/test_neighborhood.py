@@ -204,7 +204,7 @@ def test_rounding_of_large_sums_makes_no_weight_above_one() -> None:
 def test_second_derivatives_are_refused(dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype).requires_grad_() for x in operands((8,), 1, 2, 2))
     (g,) = torch.autograd.grad(na1d(q, k, v, 3, backend="tiled").square().sum(), q, create_graph=True)  # type: ignore[union-attr]
-    with pytest.raises(QuernelError, match='no second derivative; take backend="dense"'):
+    with pytest.raises(QuernelError, match=r'no second derivative; .* na2d or na3d with backend="dense"'):
         g.sum().backward()
     (g,) = torch.autograd.grad(
         na1d(q, k, v, 3, backend="dense", return_lse=True)[0].square().sum(), q, create_graph=True

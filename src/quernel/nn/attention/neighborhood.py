@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
-from quernel._validate import check_float, check_int
+from quernel._validate import check_bool, check_float, check_int
 from quernel.nn._mixer import Mixer
 from quernel.nn._neighborhood_plan import axes_of
 from quernel.nn.functional._neighborhood_options import Numbers, check_strides, checked_options, flags_of, per_axis
@@ -81,7 +81,7 @@ class _NeighborhoodAttention(Mixer):
         self.is_causal = flags_of(is_causal, self.ndim)
         # Row by row, a token sees no later one only if every axis is causal.
         self.causal = all(self.is_causal)
-        self.qkv_bias = bool(qkv_bias)
+        self.qkv_bias = check_bool("qkv_bias", qkv_bias)
         self.qk_scale = None if qk_scale is None else check_float("qk_scale", qk_scale, low=0.0, open_low=True)
         self.proj_drop = check_float("proj_drop", proj_drop, low=0.0, high=1.0, open_high=True)
         self.qkv = nn.Linear(dim, 3 * dim, bias=self.qkv_bias)

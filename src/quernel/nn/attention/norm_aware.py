@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int, check_type
+from quernel._validate import check_bool, check_choice, check_float, check_int, check_type
 from quernel.nn._mixer import Mixer
 from quernel.nn.functional.feature_attention import LinearAttentionState
 from quernel.nn.functional.nala import LEAST_POWER, VARIANTS, Variant, nala_attention
@@ -41,16 +41,19 @@ class GatedAttention(Mixer):
     """The layer around an attention: projections, rotary positions, convolution of the values, norm and gate."""
 
     def __init__(
-        self, dim: int, heads: int, rope: Rope, gate: bool, lepe: int | None, ndim: int | None, causal: bool = False
+        self, dim: int, num_heads: int, rope: Rope, gate: bool, lepe: int | None, ndim: int | None, causal: bool = False
     ) -> None:
         super().__init__(dim)
-        self.heads = check_int("heads", heads, low=1)
-        if dim % heads:
-            raise QuernelError(f"heads must divide dim={dim}; got {heads}")
-        self.rope, self.gate, self.causal = check_choice("rope", rope, ROPES), bool(gate), bool(causal)
+        self.num_heads = check_int("num_heads", num_heads, low=1)
+        if dim % num_heads:
+            raise QuernelError(f"num_heads must divide dim={dim}; got {num_heads}")
+        self.rope = check_choice("rope", rope, ROPES)
+        self.gate, self.causal = check_bool("gate", gate), check_bool("causal", causal)
         pairs = {None: 1, "1d": 2, "2d": 4}[rope]
-        if dim // heads % pairs:
-            raise QuernelError(f"dim / heads must be a multiple of {pairs} for rope={rope!r}; got {dim // heads}")
+        if dim // num_heads % pairs:
+            raise QuernelError(
+                f"dim / num_heads must be a multiple of {pairs} for rope={rope!r}; got {dim // num_heads}"
+            )
         self.lepe = None if lepe is None else check_int("lepe", lepe, low=1)
         if lepe is not None and lepe % 2 == 0:
             raise QuernelError(f"lepe must be odd, so that it is centred on its token; got {lepe}")
@@ -90,12 +93,12 @@ class GatedAttention(Mixer):
         return q, k, v, gate[0] if gate else None
 
     def _split(self, t: Tensor) -> Tensor:  # (B, N, C) -> (B, H, N, D)
-        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _turns(self, sizes: Sequence[int], x: Tensor, start: int | Tensor) -> Tensor | None:
         if self.rope is None:
             return None
-        dtype, size = torch.promote_types(x.dtype, torch.float32), self.dim // self.heads
+        dtype, size = torch.promote_types(x.dtype, torch.float32), self.dim // self.num_heads
         if self.rope == "2d":
             return rope2d(sizes[0], sizes[1], size, device=x.device, dtype=dtype)
         return rope1d(torch.Size(sizes).numel(), size, start=start, device=x.device, dtype=dtype)
@@ -153,7 +156,7 @@ class NormAwareLinearAttention(GatedAttention):
     ----------
     dim : int
         Channels.
-    heads : int
+    num_heads : int
         Divides ``dim``.
     power : float, default=3.0
         Of the features, at least 2.
@@ -165,7 +168,7 @@ class NormAwareLinearAttention(GatedAttention):
     lepe : int or None, default=5
         Odd width of the depthwise convolution of the values; None leaves it out.
     norm_scale : float or "learn", default=1.0
-        Norms of queries far beyond it are not told apart.  1 is the published form; try sqrt(dim / heads).  "learn"
+        Norms of queries far beyond it are not told apart.  1 is the published form; try sqrt(dim / num_heads).  "learn"
         learns one a head, from 1 on.
     variant : {"split", "cosine"}, default="split"
     ndim : {1, 2}, optional
@@ -185,7 +188,9 @@ class NormAwareLinearAttention(GatedAttention):
     Notes
     -----
     The state of ``step`` has a fixed size: H (2 D^2 + 2 D + 1) numbers and ``lepe - 1`` values.  Keys near zero shrink
-    the output towards zero.  Departs from the authors' code, which divides by the norm of a query even if it is zero.
+    the output towards zero.  In float32 on a CPU ``variant="split"`` has no second derivatives.
+
+    Departs from the authors' code, which divides by the norm of a query even if it is zero.
 
     References
     ----------
@@ -194,18 +199,19 @@ class NormAwareLinearAttention(GatedAttention):
     Examples
     --------
     >>> import torch
-    >>> NormAwareLinearAttention(64, heads=4, rope="2d")(torch.randn(2, 14, 14, 64)).shape
+    >>> NormAwareLinearAttention(64, num_heads=4, rope="2d")(torch.randn(2, 14, 14, 64)).shape
     torch.Size([2, 14, 14, 64])
     """
 
     options = (
-        "heads", "power", "causal", "rope", "gate", "lepe", "norm_scale", "variant", "ndim", "decay", "chunk", "eps",
+        "num_heads", "power", "causal", "rope", "gate", "lepe", "norm_scale", "variant", "ndim", "decay", "chunk",
+        "eps",
     )  # fmt: skip
 
     def __init__(
         self,
         dim: int,
-        heads: int,
+        num_heads: int,
         power: float = 3.0,
         causal: bool = False,
         rope: Rope = None,
@@ -219,7 +225,7 @@ class NormAwareLinearAttention(GatedAttention):
         chunk: int = 128,
         eps: float = 1e-6,
     ) -> None:
-        super().__init__(dim, heads, rope, gate, lepe, ndim, causal)
+        super().__init__(dim, num_heads, rope, gate, lepe, ndim, causal)
         self.power = check_float("power", power, low=LEAST_POWER)
         self.variant: Variant = check_choice("variant", variant, VARIANTS)
         self.chunk, self.eps = check_int("chunk", chunk, low=1), check_float("eps", eps, low=0.0)
@@ -228,13 +234,13 @@ class NormAwareLinearAttention(GatedAttention):
         else:
             self.norm_scale = check_float("norm_scale", norm_scale, low=0.0, open_low=True)
         if norm_scale == "learn":
-            self.log_norm_scale = nn.Parameter(torch.zeros(heads))
+            self.log_norm_scale = nn.Parameter(torch.zeros(num_heads))
         self.decay = None if decay is None else self._checked_decay(decay)
 
     def flops(self, shape: tuple[int, ...]) -> int:
         """Return the operations over (B, *S, C), projections included and powers counted as one."""
         batch, *sizes, _ = shape
-        tokens, size = torch.Size(sizes).numel(), self.dim // self.heads
+        tokens, size = torch.Size(sizes).numel(), self.dim // self.num_heads
         sums = 8 * tokens * self.dim * size
         # Inside a chunk: products of features, and those with the values.
         inside = 6 * tokens * min(self.chunk, tokens) * self.dim if self.causal else 0
@@ -246,9 +252,9 @@ class NormAwareLinearAttention(GatedAttention):
         """Return the state before the first token."""
         self._check_recurrent()
         like = self.project.weight
-        device, size = self._state_device(device), self.dim // self.heads
+        device, size = self._state_device(device), self.dim // self.num_heads
         wide = torch.promote_types(like.dtype if dtype is None else dtype, torch.float32)
-        sums = LinearAttentionState.empty(batch, self.heads, 2 * size, size, device=device, dtype=wide)
+        sums = LinearAttentionState.empty(batch, self.num_heads, 2 * size, size, device=device, dtype=wide)
         recent = torch.zeros(batch, (self.lepe or 1) - 1, self.dim, device=device, dtype=dtype or like.dtype)
         return NormAwareState(sums, recent, torch.zeros((), dtype=torch.int64, device=device))
 
@@ -287,9 +293,9 @@ class NormAwareLinearAttention(GatedAttention):
     def _checked_decay(self, decay: float | Sequence[float]) -> tuple[float, ...]:
         if not self.causal:
             raise QuernelError(f"decay needs causal=True: it follows an order of tokens; got {decay!r}")
-        each = tuple(decay) if isinstance(decay, Sequence) and not isinstance(decay, str) else (decay,) * self.heads
-        if len(each) != self.heads:
-            raise QuernelError(f"decay must be a number or one for each of {self.heads} heads; got {decay!r}")
+        each = tuple(decay) if isinstance(decay, Sequence) and not isinstance(decay, str) else (decay,) * self.num_heads
+        if len(each) != self.num_heads:
+            raise QuernelError(f"decay must be a number or one for each of {self.num_heads} heads; got {decay!r}")
         return tuple(check_float("decay", g, low=0.0, high=1.0, open_low=True) for g in each)
 
 
@@ -307,7 +313,7 @@ class GatedSoftmaxAttention(GatedAttention):
 
     Parameters
     ----------
-    dim, heads, rope, gate, lepe, ndim
+    dim, num_heads, rope, gate, lepe, ndim
         As in ``NormAwareLinearAttention``.
 
     References
@@ -315,19 +321,19 @@ class GatedSoftmaxAttention(GatedAttention):
     Meng et al., "NaLaFormer: Norm-Aware Linear Attention for Transformer Models", arXiv 2506.21137, 2025.
     """
 
-    options = ("heads", "rope", "gate", "lepe", "ndim")
+    options = ("num_heads", "rope", "gate", "lepe", "ndim")
 
     def __init__(
         self,
         dim: int,
-        heads: int,
+        num_heads: int,
         rope: Rope = None,
         gate: bool = True,
         lepe: int | None = 5,
         *,
         ndim: int | None = None,
     ) -> None:
-        super().__init__(dim, heads, rope, gate, lepe, ndim)
+        super().__init__(dim, num_heads, rope, gate, lepe, ndim)
 
     def flops(self, shape: tuple[int, ...]) -> int:
         """Return the operations over (B, *S, C), projections included."""

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int, check_type
+from quernel._validate import check_choice, check_float, check_int
 from quernel.nn._binary_attention_kernels import EPS
 from quernel.nn._described import layer_config, layer_from_config
+from quernel.nn._mixer import checked_mask
 from quernel.nn._stored import applied
 from quernel.nn.functional.binary_attention import CONSTANTS, binary_linear_attention
 from quernel.nn.linear.low_rank import linear_over
@@ -209,7 +210,7 @@ class BinaryLinearAttention(nn.Module):
         if x.ndim < 3 or x.shape[-1] != self.dim:
             raise QuernelError(f"x must have shape (batch, ..., {self.dim}) with tokens between; got {tuple(x.shape)}")
         tokens = x.flatten(1, -2)  # (B, N, C)
-        kept = None if mask is None else self._tokens_of(mask, x)
+        kept = None if mask is None else checked_mask(mask, x).flatten(1)
         qkv = applied(self.qkv, tokens).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
         if kept is not None:
@@ -233,14 +234,6 @@ class BinaryLinearAttention(nn.Module):
         tokens = int(torch.Size(sizes).numel())
         head = channels // self.num_heads
         return 2 * tokens * channels * (4 * channels + 2 * head + self.conv.shape[1])
-
-    def _tokens_of(self, mask: Tensor, x: Tensor) -> Tensor:
-        check_type("mask", mask, Tensor)
-        if mask.shape != x.shape[:-1]:
-            raise QuernelError(
-                f"mask must have shape {tuple(x.shape[:-1])}, as x without channels; got {tuple(mask.shape)}"
-            )
-        return mask.flatten(1).bool()
 
     def _thresholds(self, q: Tensor, k: Tensor, kept: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the thresholds of queries and keys, (H,) each, or None for the mean of each row."""

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int
+from quernel._validate import check_bool, check_choice, check_float, check_int
 from quernel.kernels.gaussian import gaussian_kernel
 from quernel.nn._mixer import Mixer
 from quernel.nn.functional.nystrom import INVERSES, NORMS, Inverse, Norm, nystrom_apply
+
+LANDMARKS = ("conv", "pool", "random")
 
 
 def _example() -> dict[str, Any]:
@@ -113,8 +115,9 @@ class SoftmaxFreeAttention(_SharedQueries):
     ratio : int, default=2
         Tokens of an axis a landmark stands for: m = ceil(H / ratio) ceil(W / ratio).  A grid that it does not divide is
         filled up with zeros.
-    landmarks : {"conv", "pool"} or int, default="conv"
-        A learned convolution with norm and GELU; means of ratio x ratio queries; or that many queries, evenly spaced.
+    landmarks : {"conv", "pool", "random"} or int, default="conv"
+        A learned convolution with norm and GELU; means of ratio x ratio queries; as many queries, in training mode
+        drawn anew for every call and the same for all samples, in eval mode evenly spaced; or that many, evenly spaced.
     conv_size : int or None, default=3
         Odd width of the depthwise convolution of the values, one kernel a head; None leaves it out.
     inverse : {"cholesky", "newton", "pinv"}, default="cholesky"
@@ -160,7 +163,7 @@ class SoftmaxFreeAttention(_SharedQueries):
         num_heads: int,
         ratio: int = 2,
         *,
-        landmarks: Literal["conv", "pool"] | int = "conv",
+        landmarks: Literal["conv", "pool", "random"] | int = "conv",
         conv_size: int | None = 3,
         inverse: Inverse = "cholesky",
         norm: Norm = "bottleneck",
@@ -170,13 +173,13 @@ class SoftmaxFreeAttention(_SharedQueries):
         causal: bool = False,
     ) -> None:
         super().__init__(dim, num_heads)
-        if causal:
+        if check_bool("causal", causal):
             raise QuernelError("causal=True is not possible: a kernel matrix among all tokens has no causal form")
         self.ratio, self.iters = check_int("ratio", ratio, low=1), check_int("iters", iters, low=1)
         self.ndim = check_choice("ndim", ndim, (1, 2))
         self.spatial_ndim = (ndim,)  # type: ignore[misc]
         self.landmarks = (
-            check_choice("landmarks", landmarks, ("conv", "pool"))
+            check_choice("landmarks", landmarks, LANDMARKS)
             if isinstance(landmarks, str)
             else check_int("landmarks", landmarks, low=1)
         )
@@ -239,10 +242,8 @@ class SoftmaxFreeAttention(_SharedQueries):
     def _landmarks(self, q: Tensor, kept: Tensor | None, sizes: Any) -> tuple[Tensor, Tensor | None]:
         """Return landmarks (B, H, m, D) and, with a mask, which of them hold a token that counts, (B, H, m)."""
         tokens = q.shape[2]
-        if isinstance(self.landmarks, int):
-            if self.landmarks > tokens:
-                raise QuernelError(f"landmarks={self.landmarks} must be at most the number of tokens; got {tokens}")
-            chosen = (torch.arange(self.landmarks, device=q.device) * tokens + tokens // 2) // self.landmarks
+        if isinstance(self.landmarks, int) or self.landmarks == "random":
+            chosen = self._chosen(tokens, sizes, q.device)
             return q[:, :, chosen], None if kept is None else kept[:, :, chosen]
         count = None
         if kept is not None or self.landmarks == "pool":
@@ -255,6 +256,15 @@ class SoftmaxFreeAttention(_SharedQueries):
         else:
             marks = self._pooled(grid).flatten(2).mT.unflatten(0, q.shape[:2]) / count.clamp_min(1)  # type: ignore[union-attr]
         return marks, None if kept is None else count[..., 0] > 0  # type: ignore[index]
+
+    def _chosen(self, tokens: int, sizes: Any, device: torch.device) -> Tensor:
+        """Return which tokens are landmarks, (m,)."""
+        count = self.landmarks if isinstance(self.landmarks, int) else torch.Size(self._reduced(sizes)).numel()
+        if count > tokens:
+            raise QuernelError(f"landmarks={count} must be at most the number of tokens; got {tokens}")
+        if self.landmarks == "random" and self.training:
+            return torch.randperm(tokens, device=device)[:count]
+        return (torch.arange(count, device=device) * tokens + tokens // 2) // count
 
     def _pooled(self, grid: Tensor) -> Tensor:
         """Return sums over the cells of ``ratio`` tokens an axis."""

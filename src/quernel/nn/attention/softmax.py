@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
-from quernel._validate import check_int
+from quernel._validate import check_bool, check_int
 from quernel.nn._mixer import Mixer
 
 
@@ -63,7 +63,7 @@ class SoftmaxAttention(Mixer):
         self.num_heads = check_int("num_heads", num_heads, low=1)
         if dim % num_heads:
             raise QuernelError(f"num_heads must divide dim={dim}; got {num_heads}")
-        self.causal, self.qkv_bias = bool(causal), bool(qkv_bias)
+        self.causal, self.qkv_bias = check_bool("causal", causal), check_bool("qkv_bias", qkv_bias)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
-from quernel._validate import check_choice, check_float, check_int
-from quernel.nn._mixer import Mixer
+from quernel._validate import check_bool, check_choice, check_float, check_int
 from quernel.nn.conv._online import OnlineState, Taps, windowed
-from quernel.nn.conv._spectra import KernelCache
+from quernel.nn.conv._spectra import CachingMixer
 from quernel.nn.functional.fft_convolution import KernelSpectrum, fft_conv, kernel_spectrum
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 KERNEL_RATE = 1e-3
 
 
-class GlobalConv(Mixer):
+class GlobalConv(CachingMixer):
     """Base of the mixers by long convolutions.
 
     Tokens of several axes count row by row.
@@ -50,13 +49,13 @@ class GlobalConv(Mixer):
     ) -> None:
         super().__init__(dim)
         self.l_max, self.heads = check_int("l_max", l_max, low=1), check_int("heads", heads, low=1)
-        self.bidirectional, self.causal = bool(bidirectional), not bidirectional
+        self.bidirectional, self.causal = check_bool("bidirectional", bidirectional), not bidirectional
         self.activation = check_choice("activation", activation, ACTIVATIONS)
-        self.dropout, self.glu = check_float("dropout", dropout, low=0.0, high=1.0, open_high=True), bool(glu)
+        self.dropout = check_float("dropout", dropout, low=0.0, high=1.0, open_high=True)
+        self.glu = check_bool("glu", glu)
         self.before_out = nn.LayerNorm(heads * dim) if normed else nn.Identity()
         self.skip = nn.Parameter(torch.randn(heads, dim))
         self.out = nn.Linear(heads * dim, 2 * dim if glu else dim)
-        self._cache = KernelCache()
 
     @property
     def sides(self) -> int:

@@ -54,6 +54,7 @@ class Taps:
 
 def windowed(u: Tensor, window: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:  # (B, C, t), (B, C, w)
     """Return the outputs after a window of earlier inputs, (B, c, C, t), and the window after them."""
+    check_window(window, u)
     given, wide = u.dtype, taps.kernel.dtype
     both = torch.cat([window.to(u.dtype), u], -1)
     if u.shape[2] == 1:
@@ -61,6 +62,16 @@ def windowed(u: Tensor, window: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:  #
     else:
         y = fft_conv(both.to(wide), taps.kernel)[..., window.shape[2] :]
     return y.to(given), both[..., max(0, both.shape[2] - taps.length + 1) :]
+
+
+def check_window(window: Tensor, u: Tensor) -> None:
+    """Raise unless ``window`` holds earlier inputs of the streams of ``u``, (B, C, t)."""
+    if not isinstance(window, Tensor) or window.ndim != 3 or window.shape[:2] != u.shape[:2]:
+        got = tuple(window.shape) if isinstance(window, Tensor) else type(window).__name__
+        raise QuernelError(
+            f"state must hold the last inputs of {u.shape[0]} streams, ({u.shape[0]}, {u.shape[1]}, w), as init_state("
+            f"{u.shape[0]}) and earlier calls return them; got {got}"
+        )
 
 
 class OnlineState:
@@ -82,6 +93,8 @@ class OnlineState:
     def advance(self, u: Tensor, taps: Taps) -> Tensor:  # (B, C, t) -> (B, c, C, t)
         """Return the next outputs."""
         batch, channels, count = u.shape
+        if self.time:
+            check_window(self._inputs, u)
         if self.time + count > self.steps:
             raise QuernelError(
                 f"state holds room for {self.steps} tokens, of which {self.time} are taken; got {count} more. "

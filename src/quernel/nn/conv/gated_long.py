@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
-from quernel.nn._mixer import Mixer
 from quernel.nn.conv._global import global_flops, kernel_groups
 from quernel.nn.conv._online import Taps, windowed
-from quernel.nn.conv._spectra import KernelCache
+from quernel.nn.conv._spectra import CachingMixer
 from quernel.nn.conv.long_kernel import LongKernel
 from quernel.nn.functional.fft_convolution import fft_conv, kernel_spectrum
 
@@ -41,7 +40,7 @@ def _example() -> dict[str, Any]:
     headline=False,
     example=_example,
 )
-class H3Conv(Mixer):
+class H3Conv(CachingMixer):
     """Queries times a convolution of values times a convolution of keys; causal.
 
     Parameters
@@ -49,9 +48,14 @@ class H3Conv(Mixer):
     dim : int
         Channels.
     l_max : int
-        Taps, and tokens of the longest input.
+        Taps, and tokens of the longest input.  A stream (``step``) may be longer, see ``LongConv``.
     lam, kernel_dropout, init, smooth_window, kernel_type
         Of both kernels, as in ``LongKernel``.
+
+    Notes
+    -----
+    In eval mode spectra of the kernels are kept until a parameter changes; after a write through ``parameter.data``,
+    which torch does not count as a change, call ``eval()`` again.
 
     References
     ----------
@@ -86,7 +90,6 @@ class H3Conv(Mixer):
         self.max_len = l_max
         self.skips = nn.ParameterList(torch.randn(1, dim) for _ in range(2))
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self._cache = KernelCache()
 
     def warm_up(self, share: float) -> None:
         """Shrink by this share of lambda from now on, see ``LongKernel.warm_up``."""
@@ -135,8 +138,9 @@ class H3Conv(Mixer):
         return fft_conv(u, spectrum)[:, 0]
 
     def _continue(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # (B, T, C)
-        if len(state) != 2:
-            raise QuernelError(f"state must be the two windows of init_state; got {len(state)} parts")
+        if not isinstance(state, tuple | list) or len(state) != 2:
+            got = f"{len(state)} parts" if isinstance(state, tuple | list) else type(state).__name__
+            raise QuernelError(f"state must be the two windows of init_state; got {got}")
         first, second = self._taps(0), self._taps(1)
         q, k, v = self._projected(x)
         s, keys = windowed(k, state[0], first)

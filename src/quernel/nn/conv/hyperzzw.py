@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
-from quernel._validate import check_choice, check_int
+from quernel._validate import check_bool, check_choice, check_int
 from quernel.nn._mixer import Mixer, widened
+from quernel.nn.conv._spectra import CachingMixer
 from quernel.nn.magnet import MAGNet
 
 CONTEXTS, MODES, STATS = ("sample", "batch", "none"), ("matmul", "hadamard"), ("running", "batch")
@@ -38,7 +39,7 @@ def _local_example() -> dict[str, Any]:
     return {
         "make": make,
         "input": lambda generator: (torch.randn(3, 5, 6, 6, generator=generator),),
-        # The kernel comes from means over the whole image, masked places included.
+        # Content is pooled to cells whose borders depend on the size of the image.
         "masks": False,
     }
 
@@ -49,7 +50,7 @@ def two_elementwise(w: Tensor, z: Tensor) -> Tensor:
 
 
 @register("hyperzzw", pillar="nn", contract="mixer", paper="2401.17948", status="experimental", example=_global_example)
-class HyperZZWGlobal(Mixer):
+class HyperZZWGlobal(CachingMixer):
     """Global mixing of square maps by weights Z * W, W generated from coordinates.
 
     Parameters
@@ -68,7 +69,8 @@ class HyperZZWGlobal(Mixer):
 
     Notes
     -----
-    2 C H^3 operations an image by "matmul".  In eval mode W is kept until a parameter changes.
+    2 C H^3 operations an image by "matmul".  In eval mode W is kept until a parameter changes; after a
+    write through ``parameter.data``, which torch does not count as a change, call ``eval()`` again.
 
     References
     ----------
@@ -97,21 +99,16 @@ class HyperZZWGlobal(Mixer):
     ) -> None:
         super().__init__(dim)
         self.size, self.mode = check_int("size", size, low=1), check_choice("mode", mode, MODES)
-        self.hidden, self.layers, self.omega0, self.resample = hidden, layers, omega0, bool(resample)
+        self.hidden, self.layers, self.omega0 = hidden, layers, omega0
+        self.resample = check_bool("resample", resample)
         self.fixed_shape = None if resample else (size, size)
         self.slow = MAGNet(dim, 2, size, hidden, layers, omega0)
-        self._kept: tuple[Any, Tensor] | None = None
 
     def kernel(self, size: int | None = None) -> Tensor:
         """Return W_g, (1, C, H, H), generated or, in eval mode without gradients, kept from before."""
         side = self.size if size is None else size
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            w: Tensor = self.slow(size=(side, side))
-            return w
-        key = (side, *((id(p), p._version, p.data_ptr()) for p in self.slow.parameters() if not p.is_inference()))
-        if self._kept is None or self._kept[0] != key or any(p.is_inference() for p in self.slow.parameters()):
-            self._kept = key, self.slow(size=(side, side))
-        return self._kept[1]
+        w: Tensor = self._cache.get(self, "kernel", side, lambda: self.slow(size=(side, side)))
+        return w
 
     def flops(self, shape: tuple[int, ...]) -> int:
         """Return the operations over (B, H, W, C), without those of generating W."""
@@ -126,9 +123,6 @@ class HyperZZWGlobal(Mixer):
         weights = z * self.kernel(x.shape[1]).to(z.dtype)
         y = weights @ z if self.mode == "matmul" else weights * z
         return y.movedim(1, -1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}
 
 
 @register(
@@ -156,6 +150,10 @@ class HyperZZWLocal(Mixer):
         Of the slow net, see ``MAGNet``.
     eval_stats : {"running", "batch"}, default="running"
         What standardises outputs in eval mode: running estimates, or the batch itself as in public code.
+
+    Notes
+    -----
+    Masked places are left out of the pooled content.  Batch statistics, those of training, count them.
 
     References
     ----------
@@ -200,14 +198,11 @@ class HyperZZWLocal(Mixer):
         batch, height, width, channels = shape
         return 2 * batch * height * width * channels * (self.kernel_size**2 + channels)
 
-    def from_source(self, z: Tensor, source: Tensor) -> Tensor:  # two (B, C, H, W) -> the same
-        """Convolve ``z`` by kernels made from ``source``."""
+    def from_source(self, z: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Convolve ``z`` by kernels made from ``source``, two (B, C, H, W), zeros where ``mask`` (B, H, W) is False."""
         given = z.dtype
         z, source = widened(z, self), widened(source, self)
-        content = None if self.context == "none" else source
-        if self.context == "batch":
-            content = F.adaptive_avg_pool2d(source, self.kernel_size).mean(0, keepdim=True)
-        w = self.slow(content)  # (B or 1, C, k, k)
+        w = self.slow(self._content(source, mask))  # (B or 1, C, k, k)
         batch, channels, *sizes = z.shape
         if batch == 0:
             return z.to(given)
@@ -223,4 +218,16 @@ class HyperZZWLocal(Mixer):
 
     def _mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
         z = x.movedim(-1, 1)
-        return self.from_source(z, z).movedim(1, -1)
+        return self.from_source(z, z, mask).movedim(1, -1)
+
+    def _content(self, source: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return what the kernels depend on, a map of each image or one of the batch; the slow net pools it."""
+        if self.context == "none" or (self.context == "sample" and mask is None):
+            return None if self.context == "none" else source
+        pooled = F.adaptive_avg_pool2d(source, self.kernel_size)  # (B, C, k, k)
+        shares = None if mask is None else F.adaptive_avg_pool2d(mask[:, None].to(source.dtype), self.kernel_size)
+        if self.context == "batch":
+            pooled = pooled.mean(0, keepdim=True)
+            shares = None if shares is None else shares.mean(0, keepdim=True)
+        # A cell without a place that counts stays zero.
+        return pooled if shares is None else pooled / shares.masked_fill(shares == 0, 1.0)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
-from quernel._validate import check_int
+from quernel._validate import check_bool, check_int
 from quernel.nn._mixer import Mixer
 from quernel.nn.functional.batch_norm import fold_batch_norm
 from quernel.nn.functional.small_kernel_aggregation import ska
@@ -172,7 +172,8 @@ class LSConv(Mixer):
 
     def __init__(self, dim: int, large: int = 7, small: int = 3, group_size: int = 8, *, fused: bool = False) -> None:
         super().__init__(dim)
-        self.large, self.small, self.group_size, self.fused = large, small, group_size, bool(fused)
+        self.large, self.small, self.group_size = large, small, group_size
+        self.fused = check_bool("fused", fused)
         self.lkp = LargeKernelPerception(dim, large, small, group_size)
         # Not folded: each set of weights serves channels that the norm scales differently.
         self.bn = nn.BatchNorm2d(dim)

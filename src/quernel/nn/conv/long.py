@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quernel._random import seeded
 from quernel._registry import register
-from quernel._validate import check_choice
+from quernel._validate import check_bool, check_choice
 from quernel.nn._fft_conv_op import circle_of
 from quernel.nn.conv._global import KERNEL_RATE, GlobalConv
 from quernel.nn.conv.butterfly import LearnedButterfly
@@ -38,7 +38,8 @@ class LongConv(GlobalConv):
     dim : int
         Channels.
     l_max : int
-        Taps, and tokens of the longest input.  Shorter inputs meet the first taps alone.
+        Taps, and tokens of the longest input.  Shorter inputs meet the first taps alone.  A stream (``step``) may be
+        longer than ``forward`` takes: kernels then reach l_max tokens back.
     heads : int, default=1
         Kernels a channel.
     lam, kernel_dropout, init, smooth_window, kernel_type
@@ -54,7 +55,10 @@ class LongConv(GlobalConv):
     Notes
     -----
     O(L log L) a channel.  Kernels train at 1e-3 at most and without weight decay, which with squash would end them:
-    ``param_groups``.  Departs from public code: no tap wraps around, whatever the lengths, so that causal means causal;
+    ``param_groups``.  In eval mode spectra of the kernels are kept until a parameter changes; after a write through
+    ``parameter.data``, which torch does not count as a change, call ``eval()`` again.
+
+    Departs from public code: no tap wraps around, whatever the lengths, so that causal means causal;
     and lambda is relative to what taps start with.
 
     References
@@ -180,7 +184,7 @@ class LongConvBlock(LongConv):
         self, dim: int, l_max: int, norm: Literal["layer", "batch"] = "layer", prenorm: bool = True, **options: Any
     ) -> None:
         super().__init__(dim, l_max, **options)
-        self.norm, self.prenorm = check_choice("norm", norm, NORMS), bool(prenorm)
+        self.norm, self.prenorm = check_choice("norm", norm, NORMS), check_bool("prenorm", prenorm)
         self.standard: nn.Module = nn.LayerNorm(dim) if norm == "layer" else nn.BatchNorm1d(dim)
 
     def _mix(self, x: Tensor, mask: Tensor | None) -> Tensor:

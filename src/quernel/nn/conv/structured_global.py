@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from quernel._errors import QuernelError
 from quernel._random import seeded
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int
+from quernel._validate import check_bool, check_choice, check_float, check_int
 from quernel.nn.conv._global import GlobalConv
 
 Upsample = Literal["linear", "nearest"]
@@ -96,7 +96,7 @@ class MultiScaleKernel(nn.Module):
         self.upsample = check_choice("upsample", upsample, UPSAMPLE)
         self.combine = check_choice("combine", combine, COMBINE)
         self.init = check_choice("init", init, INITS)
-        self.learnable_decay = bool(learnable_decay)
+        self.learnable_decay = check_bool("learnable_decay", learnable_decay)
         scales = 1 + (-(-l_max // kernel_dim) - 1).bit_length()
         self.length = kernel_dim << (scales - 1)
         self.weights = nn.ParameterList(self._initial() for _ in range(scales))
@@ -229,7 +229,11 @@ class SGConv(GlobalConv):
 
     Notes
     -----
-    Kernels train at 1e-3 at most and without weight decay: ``param_groups``.  Departs from public code: Z is computed
+    Kernels train at 1e-3 at most and without weight decay: ``param_groups``.  In eval mode their spectra are kept until
+    a parameter changes; after a write through ``parameter.data``, which torch does not count as a change, call
+    ``eval()`` again.
+
+    Departs from public code: Z is computed
     at construction and not in the first forward pass, and kernels are normalised per direction and head.
 
     References
@@ -267,9 +271,9 @@ class SGConv(GlobalConv):
         init: Init = "normal",
     ) -> None:
         super().__init__(dim, l_max, heads, bidirectional, activation, dropout, glu, norm)
-        self.norm = bool(norm)
+        self.norm = check_bool("norm", norm)
         self.kernel_dim, self.decay = kernel_dim, _checked_decay(decay)
-        self.upsample, self.combine, self.learnable_decay, self.init = upsample, combine, bool(learnable_decay), init
+        self.upsample, self.combine, self.learnable_decay, self.init = upsample, combine, learnable_decay, init
         self.filters = MultiScaleKernel(
             dim, l_max, self.sides * heads, kernel_dim, self.decay, upsample, combine, learnable_decay, init
         )

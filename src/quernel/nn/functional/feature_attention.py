@@ -362,7 +362,7 @@ def check_operands(
         raise QuernelError(
             f"{'decay' if decay is not None else 'state'} needs causal=True: it follows an order of tokens"
         )
-    if decay is not None and tuple(decay.shape) != (heads,):
+    if decay is not None and tuple(check_type("decay", decay, Tensor).shape) != (heads,):
         raise QuernelError(f"decay must have shape ({heads},), a factor in (0, 1] a head; got {tuple(decay.shape)}")
     if mask is not None and (tuple(mask.shape) != (batch, tokens) or mask.dtype is not torch.bool):
         raise QuernelError(f"mask must be bool of shape ({batch}, {tokens}); got {mask.dtype} of {tuple(mask.shape)}")

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from quernel._errors import QuernelError
-from quernel._validate import check_choice, check_float, check_int
+from quernel._validate import check_choice, check_finite, check_float, check_int, check_type
 from quernel.kernels.gaussian import gaussian_kernel
+from quernel.kernels.linalg import jittered_cholesky
 
 Inverse = Literal["cholesky", "newton", "pinv"]
 Norm = Literal["bottleneck", "token"] | None
@@ -27,6 +28,8 @@ NORMS: tuple[Norm, ...] = (None, "bottleneck", "token")
 # ||A||_1 >= 1 for a kernel matrix; up to this eps the bound from A alone is safe, and is what published models use.
 SAFE_EPS = 0.05
 SHARE = 0.9
+# ||I - M X||_F beyond which an inverse is said not to have converged: no direction is then more than 1 % off.
+CONVERGED = 1e-2
 
 
 def newton_pinv(
@@ -54,7 +57,8 @@ def newton_pinv(
     Warns
     -----
     UserWarning
-        If the loop diverged; the inverse then comes from a Cholesky factor.
+        If the loop diverged; the inverse then comes from a Cholesky factor.  If eps > 0 and the steps were too few for
+        the condition: ||I - M X||_F is above 0.01 (and above ``tol``).
 
     Examples
     --------
@@ -93,13 +97,24 @@ def _newton(a: Tensor, iters: int, eps: float, alpha: float, tol: float) -> Tens
             break
         x = 2 * x - x @ mx
     if not bool(x.isfinite().all()):
+        check_finite("a", a)
         warnings.warn(
             f"Newton's iteration diverged after {iters} steps: (a) alpha={alpha or 'by default'} is too large, (b) a "
-            "is not positive semi-definite, (c) it holds NaN. A Cholesky factor is used instead",
+            "is not positive semi-definite. A Cholesky factor is used instead",
             UserWarning,
             stacklevel=2,
         )
-        x = torch.cholesky_inverse(torch.linalg.cholesky(m))
+        return torch.cholesky_inverse(jittered_cholesky(m))
+    # Of a pseudo-inverse, eps = 0, the product is a projection and not I.
+    bound = max(tol, CONVERGED)
+    if eps > 0 and bool((torch.linalg.matrix_norm(eye - m @ x) > bound).any()):
+        # No number that changes from step to step: Python shows the same words once.
+        warnings.warn(
+            f"Newton's iteration has not converged: ||I - M X|| is above {bound:g} after {iters} steps. Landmarks are "
+            f"close to each other: raise iters or eps={eps:g}, or use a Cholesky factor (inverse='cholesky')",
+            UserWarning,
+            stacklevel=2,
+        )
     return x
 
 
@@ -118,6 +133,30 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _newton.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("quernel::cholesky_factor", mutates_args=())
+def _factor(a: Tensor) -> Tensor:
+    """Return the library's Cholesky factor, whose tries depend on values, in graphs too."""
+    check_finite("the kernel matrix of the landmarks l", a)
+    return jittered_cholesky(a).contiguous()
+
+
+@_factor.register_fake
+def _(a: Tensor) -> Tensor:
+    return torch.empty_like(a)
+
+
+def _factor_backward(ctx: Any, grad: Tensor) -> Tensor:
+    # With S = L^T G: the gradient is L^-T sym(S) L^-1, sym(S) being half the lower triangle of S and half its mirror.
+    (lower,) = ctx.saved_tensors
+    s = lower.mT @ grad
+    s = 0.5 * (s.tril() + s.tril(-1).mT)
+    s = torch.linalg.solve_triangular(lower.mT, s, upper=True)
+    return torch.linalg.solve_triangular(lower, s, upper=False, left=False)
+
+
+_factor.register_autograd(_factor_backward, setup_context=_keep)
 
 
 def nystrom_apply(
@@ -160,17 +199,31 @@ def nystrom_apply(
     Returns
     -------
     y : Tensor, shape (*batch, n, e)
+        In the widest dtype of q, l and v; half precision is computed in float32.
 
     Raises
     ------
     QuernelError
-        If the shapes do not fit or an option is unknown.
+        If shapes or dtypes do not fit, an option is unknown, or landmarks hold NaN or infinity.
+
+    Warns
+    -----
+    JitterWarning
+        If landmarks repeat and eps is too small to part them: the diagonal was raised.
+    UserWarning
+        As ``newton_pinv``.
     """
     check_choice("inverse", inverse, INVERSES)
     check_choice("norm", norm, NORMS)
     check_float("eps", eps, low=0.0, open_low=True)
-    if v.shape[:-1] != q.shape[:-1]:
-        raise QuernelError(f"v must have a row for each of q {tuple(q.shape)}; got {tuple(v.shape)}")
+    check_int("iters", iters, low=1)
+    _check_inputs(q, l, v)
+    for name, held, of in (("mask", mask, q), ("landmark_mask", landmark_mask, l)):
+        if held is not None and (held.dtype != torch.bool or held.shape != of.shape[:-1]):
+            raise QuernelError(
+                f"{name} must be boolean of shape {tuple(of.shape[:-1])}; got {held.dtype} of {tuple(held.shape)}"
+            )
+    given = torch.promote_types(torch.promote_types(q.dtype, l.dtype), v.dtype)
     p, a = gaussian_kernel(q, l), gaussian_kernel(l, l)
     v = v.to(p.dtype)
     if landmark_mask is not None:
@@ -186,10 +239,25 @@ def nystrom_apply(
         ones = q.new_ones(*q.shape[:-1], 1).to(p.dtype) if mask is None else mask[..., None].to(p.dtype)
         # A token far from all landmarks may get a negative sum; that of the exact matrix is never below 1.
         d = (p @ solve(p.mT @ ones)).clamp_min(1.0).rsqrt()
-        return d * (p @ solve(p.mT @ (d * v)))
+        return (d * (p @ solve(p.mT @ (d * v)))).to(given)
     inner = p.mT @ v
     inner = solve(inner) if scale is None else scale * solve(scale * inner)
-    return p @ inner
+    return (p @ inner).to(given)
+
+
+def _check_inputs(q: Tensor, l: Tensor, v: Tensor) -> None:  # noqa: E741
+    for name, t in (("q", q), ("l", l), ("v", v)):
+        if not check_type(name, t, Tensor).is_floating_point():
+            raise QuernelError(f"{name} must hold real floating-point numbers; got {t.dtype}")
+    if q.ndim < 2 or q.shape[:-2] != l.shape[:-2] or q.shape[-1] != l.shape[-1] or q.ndim != l.ndim:
+        raise QuernelError(
+            f"q and l must be (*batch, n, d) and (*batch, m, d); got {tuple(q.shape)} and {tuple(l.shape)}"
+        )
+    if v.shape[:-1] != q.shape[:-1]:
+        raise QuernelError(f"v must have a row for each of q {tuple(q.shape)}; got {tuple(v.shape)}")
+    # Decompositions would only say that they failed.
+    if not torch.compiler.is_compiling():
+        check_finite("l", l)
 
 
 class _Inverse:
@@ -199,7 +267,7 @@ class _Inverse:
         self.kind = kind
         if kind == "cholesky":
             eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-            self.matrix = torch.linalg.cholesky(a + eps * eye)
+            self.matrix: Tensor = _factor(a + eps * eye)
         elif kind == "newton":
             self.matrix = newton_pinv(a, iters, eps)
         else:
