@@ -96,6 +96,26 @@ def _kind_in(config: Mapping[str, Any]) -> Any:
     return content.get("kind") if isinstance(content, Mapping) else None
 
 
+def check_target(folder: Path, kind: str | None) -> dict[str, Any]:
+    """Refuse a folder into which this kind of thing cannot be saved; returns the ``config.json`` that it holds, or {}.
+
+    Raises
+    ------
+    QuernelError
+        If the folder holds a model that Quernel did not save, or something of another kind that it did.
+    """
+    before = _existing_config(folder)
+    theirs = [] if KEY in before else _foreign_weights(folder)
+    if theirs:
+        raise QuernelError(
+            f"path: {folder} holds a model that Quernel did not save ({', '.join(theirs[:3])}); choose another folder"
+        )
+    held = _kind_in(before)
+    if held is not None and kind is not None and held != kind:
+        raise QuernelError(f"path: {folder} holds a saved {held}; choose another folder for the {kind}")
+    return before
+
+
 def write_folder(
     path: str | os.PathLike[str],
     content: Mapping[str, Any],
@@ -132,15 +152,7 @@ def write_folder(
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    before = _existing_config(folder)
-    theirs = [] if KEY in before else _foreign_weights(folder)
-    if theirs:
-        raise QuernelError(
-            f"path: {folder} holds a model that Quernel did not save ({', '.join(theirs[:3])}); choose another folder"
-        )
-    held, kind = _kind_in(before), content.get("kind")
-    if held is not None and kind is not None and held != kind:
-        raise QuernelError(f"path: {folder} holds a saved {held}; choose another folder for the {kind}")
+    before = check_target(folder, content.get("kind"))
     described = _as_json(content, "content")
     rest = {k: v for k, v in before.items() if k != KEY} if foreign is None else _as_json(foreign, "foreign")
     kept, aliases = _without_aliases(tensors)

@@ -71,6 +71,23 @@ def test_all_similarities_negative_is_no_zero() -> None:
     assert index.search([[[1.0, 0.0], [2.0, 0.0]]], 2)[0].tolist() == [[-0.75, -3.0]]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_vectors_are_those_of_the_slots(dtype: str) -> None:
+    held = texts(6, 0)
+    index = MultiVectorIndex(8, dtype).add(held, [9, 4, 2, 7, 5, 1])
+    index.remove([4, 1])
+    assert index.alive.tolist() == [True, False, True, True, True, False]
+    assert [len(x) for x in index.vectors] == [len(x) for x in held]
+    for got, want in zip(index.vectors, held, strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, want, atol={"float32": 0, "float16": 2**-11, "int8": 1 / 127}[dtype])
+    living = [index.vectors[i] for i in np.flatnonzero(index.alive)]
+    assert MultiVectorIndex(8).add(living).search(held, 1)[1][[0, 2, 3, 4], 0].tolist() == [0, 1, 2, 3]
+    index.alive[:] = False
+    assert len(index) == 4 and index.alive.sum() == 4, "it is a copy"
+    assert MultiVectorIndex(8).vectors == []
+
+
 def test_equal_scores_come_in_the_order_of_adding() -> None:
     one = [[[1.0, 0.0]], [[0.0, 1.0]], [[1.0, 0.0], [0.0, 0.5]]]
     assert MultiVectorIndex(2).add(one, [9, 4, 2]).search([[[1.0, 0.0]]], 3)[1].tolist() == [[9, 2, 4]]
@@ -94,7 +111,9 @@ def test_candidates_are_scored_exactly_and_most_of_the_best_are_among_them(dtype
     scores, ids = index.search(asked, 10, mode="approximate", probes=8, candidates=150)
     shared = np.mean([np.isin(a, b).mean() for a, b in zip(ids, exact, strict=True)])
     assert shared >= 0.95
-    assert not np.array_equal(ids, exact) or shared == 1.0
+    # One list a vector and no more candidates than answers miss some: nothing else was looked at.
+    few = index.search(asked, 10, mode="approximate", probes=1, candidates=10)[1]
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(few, exact, strict=True)]) < shared
     every, order = index.search(asked, 1500)
     for i in range(len(asked)):
         true = dict(zip(order[i].tolist(), every[i].tolist(), strict=True))

@@ -12,6 +12,7 @@ import typer
 
 from quernel._errors import QuernelError
 from quernel._validate import check_choice
+from quernel.cli._index_lock import writing
 from quernel.cli._index_text import (
     add_texts,
     build_texts,
@@ -79,20 +80,23 @@ def build(
 
     chosen = {"n_tables": tables, "bits": bits, "n_rows": rows, "n_groups": groups, "width": width}
     given = {name: value for name, value in chosen.items() if value is not None}
-    if not overwrite:
-        _check_free(out)
-    if path.is_dir():
-        if given or keep_vectors or suggest or metric or report:
-            raise QuernelError(f"{path} is a folder of texts: --kind is all there is to choose; leave the others out")
-        build_texts(path, out, kind, overwrite=overwrite, as_json=json)
-        return
-    kind = check_choice("--kind", kind or "flinng", KINDS)
-    check_page_name(report)
-    items = read_items(path)
-    index = _empty(kind, _metric(items, metric), items, given, seed, keep_vectors, near if suggest else None)
-    seconds = _fill(index, items)
-    index.save(out)
-    note(f"index: {out}")
+    with writing(out, new=True):
+        if not overwrite:
+            _check_free(out)
+        if path.is_dir():
+            if given or keep_vectors or suggest or metric or report:
+                raise QuernelError(
+                    f"{path} is a folder of texts: --kind is all there is to choose; leave the others out"
+                )
+            build_texts(path, out, kind, as_json=json)
+            return
+        kind = check_choice("--kind", kind or "flinng", KINDS)
+        check_page_name(report)
+        items = read_items(path)
+        index = _empty(kind, _metric(items, metric), items, given, seed, keep_vectors, near if suggest else None)
+        seconds = _fill(index, items)
+        index.save(out)
+        note(f"index: {out}")
     if report is not None:
         write_report(report, index, items, near, seconds, path.name, seed)
         note(f"report: {report}")
@@ -105,12 +109,13 @@ def add(folder: Folder, path: File, json: Json = False) -> None:
     from quernel.cli._index_files import read_items
     from quernel.search import Index
 
-    if is_text_index(folder):
-        add_texts(folder, path, as_json=json)
-        return
-    index = Index.load(folder)
-    seconds = _fill(index, read_items(path))
-    index.save(folder)
+    with writing(folder):
+        if is_text_index(folder):
+            add_texts(folder, path, as_json=json)
+            return
+        index = Index.load(folder)
+        seconds = _fill(index, read_items(path))
+        index.save(folder)
     _show(index, {"seconds": round(seconds, 3)}, as_json=json)
 
 
@@ -151,7 +156,8 @@ def remove(
     json: Json = False,
 ) -> None:
     """Delete a file from an index of texts."""
-    remove_text(folder, name, as_json=json)
+    with writing(folder):
+        remove_text(folder, name, as_json=json)
 
 
 @app.command("serve")

@@ -24,15 +24,15 @@ def is_text_index(folder: Path) -> bool:
     return is_quernel_folder(folder) and read_folder(folder, check_tensors=False).content.get("kind") == "text-index"
 
 
-def build_texts(path: Path, out: Path, kind: str | None, *, overwrite: bool, as_json: bool) -> None:
-    """Build an index of a folder of texts, saving as it goes."""
+def build_texts(path: Path, out: Path, kind: str | None, *, as_json: bool) -> None:
+    """Build an index of a folder of texts, saving as it goes; the first save replaces an index that ``out`` holds."""
+    from quernel._io import check_target
     from quernel.apps.text_index import KINDS, TextIndex
 
     check_choice("--kind", kind or "flat", tuple(KINDS))
     index = TextIndex(kind or "flat")
-    if overwrite:
-        # Nothing of what was there may stay if this is interrupted.
-        index.save(out)
+    # Before anything is encoded; an index that is there stays until the first batch of the new one replaces it.
+    check_target(out, TextIndex.kind)
     _fill(index, path, out)
     note(f"index: {out}")
     show_texts(index, as_json=as_json)
@@ -68,10 +68,7 @@ def remove_text(folder: Path, name: str, *, as_json: bool) -> None:
     """Delete a file's passages from an index."""
     from quernel.apps.text_index import TextIndex
 
-    if not is_text_index(folder):
-        raise QuernelError(
-            f"{folder} holds no index of texts; build one with `quernel index build TEXTS --out {folder}`"
-        )
+    _check_texts(folder)
     index = TextIndex.load(folder)
     removed = index.remove(name)
     index.save(folder)
@@ -83,10 +80,7 @@ def serve_texts(folder: Path, host: str, port: int, shards: int, address: str | 
     """Serve an index until interrupted."""
     from quernel.apps import text_index
 
-    if not is_text_index(folder):
-        raise QuernelError(
-            f"{folder} holds no index of texts; build one with `quernel index build TEXTS --out {folder}`"
-        )
+    _check_texts(folder)
     note(f"searching {folder} at http://{host}:{port} (stop with Ctrl-C)")
 
     def prepare(index: TextIndex) -> TextIndex:

@@ -119,6 +119,12 @@ class Index(ArrayFolder):
         """Ids of the items that can be found, in the order they were added."""
         return self._ids.ids[self._ids.alive]
 
+    @property
+    def alive(self) -> NDArray[np.bool_]:
+        """Whether the item of each slot can still be found; ``ids`` are those of the slots that can."""
+        held: NDArray[np.bool_] = self._ids.alive.copy()
+        return held
+
     def ranked(self, queries: Any, k: int, **options: Any) -> Ranking:
         """Return what ``search`` returns and what decides between equal scores, to be merged with other indexes'."""
         scores, ids = self.search(queries, k, **options)

@@ -198,9 +198,10 @@ class FunnelIndex(Index):
 
 def _check_shortlist(shortlist: Any, stages: int) -> tuple[int, ...]:
     """Return the lengths if there is one a stage and none is longer than the one before."""
-    if isinstance(shortlist, str | int | float) or len(shortlist) != stages:
+    held = tuple(shortlist) if isinstance(shortlist, Sequence) and not isinstance(shortlist, str) else None
+    if held is None or len(held) != stages:
         raise QuernelError(f"shortlist must have {stages} lengths, one for each of dims; got {shortlist!r}")
-    lengths = tuple(check_int("shortlist", length, low=1) for length in shortlist)
+    lengths = tuple(check_int("shortlist", length, low=1) for length in held)
     if any(later > earlier for earlier, later in itertools.pairwise(lengths)):
         raise QuernelError(f"shortlist must not increase: no stage keeps more than it gets; got {lengths}")
     return lengths

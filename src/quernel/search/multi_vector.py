@@ -10,6 +10,7 @@ inverted lists over all vectors pick candidates, which are then scored exactly.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -131,6 +132,11 @@ class MultiVectorIndex(Index):
     def vectors_per_text(self) -> float:
         """Mean number of vectors of a text, deleted ones included; NaN in an empty index."""
         return len(self._store.rows) / len(self._store) if len(self._store) else float("nan")
+
+    @property
+    def vectors(self) -> list[NDArray[np.float32]]:
+        """The stored vectors of each text by slot, (n_i, dim), deleted ones included."""
+        return [self._store.values(a, b) for a, b in itertools.pairwise(self._store.offsets.tolist())]
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

@@ -21,7 +21,7 @@ from quernel._errors import DataError, FormatError, QuernelError
 from quernel._registry import register, resolve_class
 from quernel._validate import check_choice, check_int
 from quernel.apps.text_index.kinds import KINDS, Encoder
-from quernel.apps.text_index.passages import Passage, passages_of, read_text, text_files
+from quernel.apps.text_index.passages import Passage, check_text, name_of, passages_of, read_text, text_files
 from quernel.search import Index
 
 Progress = Callable[[str, float], None]
@@ -114,7 +114,15 @@ class TextIndex(ArrayFolder):
         return len(self._passages)
 
     def add(self, name: str, text: str) -> int:
-        """Add one text under a name, in place of what had this name; returns the number of its passages."""
+        """Add one text under a name, in place of what had this name; returns the number of its passages.
+
+        Raises
+        ------
+        QuernelError
+            If one of the two is no text that UTF-8 can hold, or the name is empty.
+        """
+        check_text("name", name)
+        check_text("text", text, may_be_empty=True)
         return self._put([(name, _digest(text.encode()), passages_of(text))])
 
     def add_path(
@@ -141,20 +149,25 @@ class TextIndex(ArrayFolder):
         Returns
         -------
         list of str
-            Files that cannot be read as text, with the reason; all others are in.
+            Files that cannot be read as text, or whose names are not UTF-8, with the reason; all others are in.
+
+        Raises
+        ------
+        DataError
+            If there is no file that can be read as text; then nothing was saved.
         """
         check_int("batch", batch, low=1)
         root = Path(path)
         files, bad = text_files(root), []
         held: list[tuple[str, str, list[Passage]]] = []
         for number, file in enumerate(files, 1):
-            name = file.name if root.is_file() else file.relative_to(root).as_posix()
             try:
-                text = read_text(file)
+                name, text = name_of(file, root), read_text(file)
             except DataError as error:
-                if root.is_file():
-                    raise
                 bad.append(str(error))
+                if len(bad) == len(files):
+                    # A single file, or a folder of nothing else: saved, it would pass for an index of it.
+                    raise
                 continue
             digest = _digest(text.encode())
             if name not in self._sources or self._sources[name].digest != digest:
@@ -181,8 +194,8 @@ class TextIndex(ArrayFolder):
         QuernelError
             If the query is empty.
         """
-        if not isinstance(query, str) or not query.strip():
-            raise QuernelError("query must be a text that is not empty")
+        if not check_text("query", query).strip():
+            raise QuernelError("query must be a text that is not empty; got only white space")
         check_int("k", k, low=1)
         if not len(self):
             return []
@@ -223,9 +236,9 @@ class TextIndex(ArrayFolder):
 
         chosen = KINDS[self.index_kind]
         sharded = ShardedIndex(chosen.make(self.dim), n_shards, workers=workers, address=address)
-        alive, ids = self._index._ids.alive, self._index.ids
-        stored = chosen.stored(self._index)
-        sharded.add([stored[i] for i in np.flatnonzero(alive).tolist()], ids)
+        held: Any = self._index
+        stored = held.vectors
+        sharded.add([stored[i] for i in np.flatnonzero(held.alive).tolist()], held.ids)
         twin = TextIndex(self.index_kind, self.dim, self._encoder)
         twin._index, twin._next = sharded, self._next
         twin._passages, twin._file_of, twin._sources = self._passages, self._file_of, self._sources
@@ -241,11 +254,12 @@ class TextIndex(ArrayFolder):
         passages = [p for _, _, found in texts for p in found]
         if passages:
             items = KINDS[self.index_kind].encode(self.encoder, [p.text for p in passages], False)
-        for name in {name for name, _, _ in texts} & self._sources.keys():
-            self.remove(name)
         ids = range(self._next, self._next + len(passages))
         if passages:
+            # The index may refuse them; only then is it safe to let go of what they replace.
             self._index.add(items, list(ids))
+        for name in {name for name, _, _ in texts} & self._sources.keys():
+            self.remove(name)
         self._next += len(passages)
         at = iter(ids)
         for name, digest, found in texts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,13 +33,11 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """How an index is made, filled, asked, and taken apart again."""
+    """How an index is made, filled and asked; its ``vectors`` are what it was filled with, by slot."""
 
     make: Callable[[int], Index]
     # (encoder, texts, whether they are queries) -> what ``add`` and ``search`` take.
     encode: Callable[[Any, Sequence[str], bool], Any]
-    # The items of the slots in their order, deleted ones included, to spread them over other indexes.
-    stored: Callable[[Any], Any]
     # Options of a search for k answers.
     options: Callable[[int], dict[str, Any]] = lambda k: {}
 
@@ -61,19 +58,13 @@ def _funnel(dim: int) -> FunnelIndex:
     return FunnelIndex(dim, (max(1, dim // PREFIX_SHARE),), (SHORTLIST,), metric="cosine")
 
 
-def _lists(index: MultiVectorIndex) -> list[np.ndarray]:
-    offsets = index._store.offsets
-    return [index._store.values(a, b) for a, b in itertools.pairwise(offsets)]
-
-
 KINDS: dict[str, Kind] = {
-    "flat": Kind(lambda dim: FlatIndex(dim), _vectors, lambda index: index.vectors),
+    "flat": Kind(lambda dim: FlatIndex(dim), _vectors),
     "flinng": Kind(
         lambda dim: FlinngIndex(dim, keep_vectors=True),
         _vectors,
-        lambda index: index.vectors,
         lambda k: {"rerank": max(200, k)},
     ),
-    "funnel": Kind(_funnel, _vectors, lambda index: index.vectors),
-    "multi-vector": Kind(lambda dim: MultiVectorIndex(dim, "float16"), _several, _lists),
+    "funnel": Kind(_funnel, _vectors),
+    "multi-vector": Kind(lambda dim: MultiVectorIndex(dim, "float16"), _several),
 }

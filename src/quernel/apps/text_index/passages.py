@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from quernel._errors import DataError
+from quernel._errors import DataError, QuernelError
 
 ENDINGS = (".txt", ".md", ".rst", ".text")
 # What an encoder of 256 tokens reads in one go, and what is long enough to stand alone.
@@ -60,7 +61,7 @@ def text_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"{path}: there is no such file or folder")
+        raise DataError(f"{_shown(path)}: there is no such file or folder")
     found = [
         file
         for file in sorted(path.rglob("*"))
@@ -69,7 +70,7 @@ def text_files(path: Path) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not found:
-        raise DataError(f"{path} holds no text file; texts end in {', '.join(ENDINGS)}")
+        raise DataError(f"{_shown(path)} holds no text file; texts end in {', '.join(ENDINGS)}")
     return found
 
 
@@ -84,7 +85,42 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
+        raise DataError(f"{_shown(file)} cannot be read as UTF-8 text: {error}") from error
+
+
+def name_of(file: Path, root: Path) -> str:
+    """Return the name by which a file is known: its path below the folder ``root``, or ``root``'s own name.
+
+    Raises
+    ------
+    DataError
+        If the name is not UTF-8, as one from another system's archive may be: it could not be kept.
+    """
+    name = file.name if file == root else file.relative_to(root).as_posix()
+    try:
+        return check_text("name", name)
+    except QuernelError as error:
+        raise DataError(f"{_shown(file)}: its name is not UTF-8; rename the file") from error
+
+
+def check_text(argument: str, text: Any, *, may_be_empty: bool = False) -> str:
+    """Return a text if there is something in it and UTF-8 can hold it."""
+    if not isinstance(text, str) or not (text or may_be_empty):
+        wanted = "a text" if may_be_empty else "a text that is not empty"
+        raise QuernelError(f"{argument} must be {wanted}; got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise QuernelError(
+            f"{argument} must be Unicode; it has half a character, {text[error.start]!a}, at {error.start}. Text that "
+            "was decoded with errors='surrogateescape' is not"
+        ) from error
+    return text
+
+
+def _shown(path: Path) -> str:
+    """Return a path that any stream can write: bytes that are not UTF-8 come as escapes."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
