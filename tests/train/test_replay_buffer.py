@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from quernel._errors import QuernelError
+from quernel._registry import catalogue
 from quernel.train import ReplayBuffer
+
+
+def test_it_is_in_the_catalogue_of_its_system():
+    (entry,) = [e for e in catalogue() if e.name == "ReplayBuffer"]
+    assert (entry.slug, entry.contract, entry.headline) == ("stationary-representations", "trainer", False)
+    assert entry.resolve() is ReplayBuffer
 
 
 def test_every_class_keeps_its_number_and_its_samples():

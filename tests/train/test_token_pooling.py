@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._registry import catalogue
 from quernel.nn.functional import cluster_tokens
 
 pytest.importorskip("sentence_transformers", minversion="6.0")
@@ -22,6 +23,11 @@ from quernel.models._sentence_folder import minilm_folder
 from quernel.train import ClusterPooling, CrispLoss, SpacingPooling, TailPooling
 
 POOLINGS = [ClusterPooling(2, 4), TailPooling(2, 4), SpacingPooling(6, 3)]
+
+
+def test_all_are_in_the_catalogue() -> None:
+    found = {(e.name, e.contract) for e in catalogue() if e.slug == "crisp" and not e.headline}
+    assert {(type(pool).__name__, "trainer") for pool in POOLINGS} <= found
 
 
 def matrices(*lengths: int, seed: int = 0) -> list[torch.Tensor]:

@@ -13,9 +13,18 @@ from torch import Tensor
 
 from quernel import _random
 from quernel._errors import QuernelError
+from quernel._registry import register
 from quernel._validate import check_int
 
 
+@register(
+    "stationary-representations",
+    pillar="train",
+    contract="trainer",
+    paper="2405.02581",
+    status="stable",
+    headline=False,
+)
 class ReplayBuffer:
     """Keep a uniform random sample of each class, on the CPU.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from quernel._errors import QuernelError
+from quernel._registry import register
 from quernel._validate import check_choice, check_int, check_type
 from quernel.nn.functional import PooledTokens, cluster_tokens, spaced_tokens, tail_tokens
 from quernel.nn.functional.token_pooling import check_size
@@ -100,6 +101,7 @@ class _TaskPooling(BaseTokenPooling):
         return pooled
 
 
+@register("crisp", pillar="train", contract="trainer", paper="2505.11471", status="experimental", headline=False)
 class ClusterPooling(_TaskPooling):
     """Replace the token vectors of a text by the means of their clusters.
 
@@ -147,6 +149,7 @@ class ClusterPooling(_TaskPooling):
         return cluster_tokens(x, k, mask=mask, iterations=self.iters, normalize=self.normalize)
 
 
+@register("crisp", pillar="train", contract="trainer", paper="2505.11471", status="experimental", headline=False)
 class TailPooling(_TaskPooling):
     """Keep the last k tokens of a text.
 
@@ -174,6 +177,7 @@ class TailPooling(_TaskPooling):
         return tail_tokens(x, self.k_query if query else self.k_document, mask=mask)
 
 
+@register("crisp", pillar="train", contract="trainer", paper="2505.11471", status="experimental", headline=False)
 class SpacingPooling(_TaskPooling):
     """Keep every n-th token of a text, beginning with the first.
 
