@@ -73,7 +73,8 @@ class _IntervalRow(LouisKVRow):
 
     def _moved(self, query: Tensor) -> bool:
         self._due += self.rate
-        if self._due < 1:
+        # Sums of rates are not exact.
+        if self._due < 1 - 1e-9:
             return False
         self._due -= 1
         return True
@@ -88,8 +89,23 @@ class FixedIntervals(LouisKVCache):
 
     def _make_row(self, keys: Tensor, values: Tensor) -> LouisKVRow:
         row = _IntervalRow(keys, values, self.settings, self._make_pool(keys, values))
-        row.rate = self._rate
+        # The first step chooses, as it does where the queries decide.
+        row.rate, row._due = self._rate, 1 - self._rate
         return row
+
+
+def beside_fixed(model: Any, ids: Tensor, tau: float, options: dict[str, int]) -> dict[str, float]:
+    """Return the rate of choices at a threshold, the loss there, and the loss of fixed intervals at that rate."""
+    cache = LouisKVCache(model.config, tau=tau, **options)
+    adaptive = loss_of(model, ids, cache)
+    rate = cache.report().details["retrieval_rate"]
+    fixed = loss_of(model, ids, FixedIntervals(model.config, rate, tau=tau, **options))
+    return {"tau": tau, "rate": rate, "adaptive": adaptive, "fixed intervals": fixed}
+
+
+def no_better(row: dict[str, float]) -> bool:
+    """Whether fixed intervals lose as much at least; where every step chooses both are one, and nothing is shown."""
+    return row["rate"] < 1 and row["fixed intervals"] >= row["adaptive"]
 
 
 def recall_of(cache: Any) -> float:

@@ -1,4 +1,4 @@
-"""Mustafar: the largest channels of each cached key and value are enough, where whole channels or tokens are not.
+"""Mustafar: what it costs to keep only the largest channels of each cached key and value, beside what else saves bytes.
 
 The paper prunes the caches of 7 and 8 B models on LongBench; here two small ones predict text, teacher-forced, and the
 losses of the last half of each context are compared.  Rules are applied to each token as it leaves a window of 32, the

@@ -1,11 +1,9 @@
-"""LouisKV and Quest inside a model of transformers: exactness, clusters, calibration, reports and refusals."""
+"""LouisKV and Quest inside a model of transformers: exactness, clusters, reports and refusals."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
@@ -13,9 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from quernel._errors import QuernelError
-from quernel.cache import LouisKVCache, LouisKVConfig, QuestCache, attention, calibrate_tau
+from quernel.cache import LouisKVCache, LouisKVConfig, MustafarCache, QuestCache, WindowCache, attention
 from quernel.cache._cache import bytes_a_token
-from quernel.cache._calibration import ALWAYS, kept_on
 from quernel.cache.louiskv import LouisKVRow
 from quernel.kernels.clustering import cluster_means
 
@@ -186,6 +183,7 @@ def test_a_budget_in_bytes_is_one_of_tokens() -> None:
     assert LouisKVCache(config, budget_bytes=100 * one).settings.budget == 100
     assert LouisKVCache(config, budget_bytes=100 * one, pool_dtype="bfloat16").settings.budget == 200
     assert QuestCache(config, budget_bytes=100 * one).layout.budget == 100
+    assert QuestCache(config, budget_bytes=100 * one, pool_dtype="bfloat16").layout.budget == 200
     settings = LouisKVConfig(budget=64, tau=0.5)
     assert LouisKVCache(config, settings, tau=0.6).settings == LouisKVConfig(budget=64, tau=0.6)
 
@@ -208,6 +206,9 @@ def test_a_budget_in_bytes_is_one_of_tokens() -> None:
         ({"storage": "disk"}, "storage"),
         ({"pool_dtype": "int8"}, "pool_dtype"),
         ({"dense_below": -1}, "dense_below"),
+        ({"audit": "yes"}, "audit must be bool"),
+        ({"audit": 1}, "audit must be bool"),
+        ({"pool_dtype": torch.bfloat16}, "pool_dtype must be one of"),
         ({"window": 3}, "window"),
     ],
 )
@@ -225,6 +226,10 @@ def test_errors_name_the_argument(options: dict[str, Any], word: str) -> None:
         ({"budget": 32, "sink": -1}, "sink"),
         ({"budget": 32, "buffer": 0}, "buffer"),
         ({"budget": 32, "storage": "tape"}, "storage"),
+        ({"budget": 32, "audit": "yes"}, "audit must be bool"),
+        ({"budget": 32, "pool_dtype": "int8"}, "pool_dtype must be one of"),
+        ({"budget": 32, "pool_dtype": torch.int8}, "pool_dtype must be one of"),
+        ({"budget_bytes": 10**9, "pool_dtype": torch.bfloat16}, "pool_dtype must be one of"),
     ],
 )
 def test_errors_of_quest_name_the_argument(options: dict[str, Any], word: str) -> None:
@@ -232,49 +237,15 @@ def test_errors_of_quest_name_the_argument(options: dict[str, Any], word: str) -
         QuestCache(LlamaConfig(), **options)
 
 
-def test_assisted_decoding_is_refused_with_a_reason() -> None:
+@pytest.mark.parametrize("make", [LouisKVCache, QuestCache, WindowCache, MustafarCache])
+@pytest.mark.parametrize("assisted", ["prompt lookup", "assistant"])
+def test_assisted_decoding_is_refused_with_our_reason(make: Any, assisted: str) -> None:
     model = llama()
-    cache = LouisKVCache(model.config, budget=16)
     ids = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2]])
-    with attention(model), pytest.raises((QuernelError, ValueError), match=r"prompt-lookup|crop|not support"):
-        # The first versions of transformers 5 cannot do this without a token that ends a text.
-        model.generate(ids, past_key_values=cache, max_new_tokens=8, prompt_lookup_num_tokens=3, eos_token_id=63)
-
-
-def test_kept_on_plays_the_steps() -> None:
-    alike = np.array([[1.0, 0.8, 0.2], [0.8, 1.0, 0.4], [0.2, 0.4, 1.0]])
-    seen = [(np.array([0.9, 0.5]), alike)]
-    assert kept_on(seen, -1.0) == pytest.approx((0.8 + 0.2) / 2)
-    assert kept_on(seen, 0.7) == pytest.approx(0.8)
-    assert kept_on(seen, 2.0) == 1.0
-    # Where the first falls below, the second step uses its choice on.
-    assert kept_on([(np.array([0.5, 0.9]), alike)], 0.7) == pytest.approx(0.4)
-
-
-def test_tau_follows_the_target_and_is_warned_of() -> None:
-    model, settings = llama(), LouisKVConfig(budget=24, **SMALL)
-    batches = [text(2, 120, seed) for seed in range(2)]
-    found = [calibrate_tau(model, batches, target, settings=settings) for target in (0.1, 0.2)]
-    assert -1 <= found[0] < found[1] < 1
-    with pytest.warns(UserWarning, match="smaller target_jaccard"):
-        assert calibrate_tau(model, batches, 1.0, settings=settings) == ALWAYS
+    how: dict[str, Any] = (
+        {"prompt_lookup_num_tokens": 3} if assisted == "prompt lookup" else {"assistant_model": llama()}
+    )
+    # The first versions of transformers 5 cannot do this without a token that ends a text.
+    with attention(model), pytest.raises(QuernelError, match="assisted and prompt-lookup decoding do not work"):
+        model.generate(ids, past_key_values=make(model.config, budget=64), max_new_tokens=8, eos_token_id=63, **how)
     assert model.config._attn_implementation == "sdpa"
-    # A text that says the same again and again asks for the same again and again.
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        same = torch.full((1, 120), 7)
-        assert calibrate_tau(model, [same], 0.2, settings=settings) < 1
-
-
-@pytest.mark.parametrize(
-    ("batches", "target", "word"),
-    [
-        ([], 0.8, "got none"),
-        ([torch.zeros(1, 12, dtype=torch.int64)], 0.8, "longer"),
-        ([torch.zeros(5)], 0.8, "integers"),
-        ([torch.zeros(1, 90, dtype=torch.int64)], 0.0, "target_jaccard"),
-    ],
-)
-def test_errors_of_the_calibration(batches: list[Tensor], target: float, word: str) -> None:
-    with pytest.raises(QuernelError, match=word):
-        calibrate_tau(llama(), batches, target, settings=LouisKVConfig(budget=24, **SMALL))

@@ -236,6 +236,43 @@ def test_every_cache_takes_one_budget_in_tokens_or_bytes(make: Any) -> None:
     assert make(config, budget_bytes=100_000_000).report().bytes_stored == 0
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("computes", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("named", [torch.float32, torch.bfloat16])
+def test_bytes_are_counted_in_the_dtype_of_the_keys_whatever_the_config_names(
+    named: torch.dtype, computes: torch.dtype, sparsity: float
+) -> None:
+    net = model().to(computes)
+    net.config.dtype = named
+    size = 20_000
+    dropped = {"k_sparsity": sparsity, "v_sparsity": sparsity}
+    small = {"sink": 0, "buffer": 8, "dense_below": 0, **dropped}
+    louis = LouisKVCache(net.config, budget_bytes=size, cluster_size=8, max_segment=8, tau=2.0, **small)
+    quest = QuestCache(net.config, budget_bytes=size, page_size=8, **small)
+    kept = (sparsity, sparsity) if sparsity else None
+    one = bytes_a_token(net.config, computes, kept)
+    for cache in (louis, quest):
+        decoded(net, cache)
+        chosen = [row.chosen()[0].shape[1] for layer in cache.layers for row in layer.rows]  # type: ignore[attr-defined]
+        assert chosen == [size // one] * 4
+    window = WindowCache(net.config, budget_bytes=size)
+    mustafar = MustafarCache(net.config, budget_bytes=5 * size, window=8, block=16, **dropped)
+    # Room that a sequence may need besides its tokens is paid for as well.
+    for cache, least, most in ((window, 0.9 * size, size), (mustafar, 2 * size, 5 * size)):
+        decoded(net, cache, 700, 680)
+        assert least < cache.nbytes / 2 <= most  # of two sequences
+    assert window.budget == size // bytes_a_token(net.config, computes)
+
+
+def test_the_crossover_follows_the_dtype_of_the_keys() -> None:
+    net = model().bfloat16()
+    net.config.dtype = torch.float32
+    cache = MustafarCache(net.config, objective="speed")
+    before = cache.report().details["crossover"]
+    decoded(net, cache, 3, 2)
+    assert cache.report().details["crossover"] == cache.schedule.min_packed == 2 * before
+
+
 def test_a_model_in_double_precision_needs_another_dtype_of_the_pool() -> None:
     net = model().double()
     with pytest.raises(QuernelError, match=r"float64. Give another pool_dtype"):
@@ -266,7 +303,7 @@ def test_what_cannot_be_packed_is_refused_at_once() -> None:
     with pytest.raises(QuernelError, match="float64"):
         LouisKVConfig(v_sparsity=0.5, pool_dtype="float64")
     with pytest.raises(QuernelError, match="float64"):
-        QuestCache(LlamaConfig(), budget=64, v_sparsity=0.5, pool_dtype=torch.float64)
+        QuestCache(LlamaConfig(), budget=64, v_sparsity=0.5, pool_dtype="float64")
     with pytest.raises(QuernelError, match=r"v_sparsity of .* leaves none"):
         PackedKVPool(1, (8, 8), (0.5, 1 - 1e-12))
     with pytest.raises(QuernelError, match="dims"):

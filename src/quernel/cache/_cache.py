@@ -137,7 +137,8 @@ def tokens_in(
     budget_bytes : int, optional
         Bytes of keys and values of one sequence, all layers together.
     dtype, sparsities : optional
-        How they are stored, see ``bytes_a_token``.
+        How they are stored, see ``bytes_a_token``. A config may name another dtype than the model computes in: a cache
+        asks again, with the dtype of the keys, when it gets the first.
 
     Raises
     ------

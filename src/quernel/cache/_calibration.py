@@ -1,7 +1,8 @@
-"""``calibrate_tau``: below which likeness of queries the important keys have changed, measured on a model's own text.
+"""``calibrate_tau``: below which likeness of queries the choice has changed, measured on a model's own text.
 
-Text is read once with full attention; from the queries of its second half follows which keys every step would choose.
-For each threshold the steps are then played: where the likeness r_t falls below it the choice of that step is taken,
+Text is read once with full attention. Queries and keys of its second half are then put to rows of the cache itself that
+choose at every step, so that what is compared are the sets of tokens which the cache would attend to, whole units and
+all.  For each threshold the steps are played: where the likeness r_t falls below it the choice of that step is taken,
 elsewhere the last one is used on.  The smallest threshold is returned at which, over the steps that use a choice on,
 that choice and the step's own still have a mean Jaccard similarity of the target.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,14 +23,18 @@ from quernel._validate import check_float, check_int
 from quernel.cache._attention import attention
 from quernel.cache._cache import Cache
 from quernel.cache._layer import CacheRow, dense_step
-from quernel.cache.louiskv import LouisKVConfig
+from quernel.cache._pool import KVPool
+from quernel.cache.louiskv import LouisKVConfig, LouisKVRow
 
 # Larger than any cosine: chooses at every step.
 ALWAYS = 1.01
 # Thresholds that are tried, as shares of all likenesses seen.
 _SHARES = np.linspace(0.0, 0.95, 20)
-# Keys that count as important are at most so large a share of those to choose from.
-_IMPORTANT = 4
+# At most so large a share of the prompt's units is chosen: where a budget holds nearly all, every choice is the same.
+_QUARTER = 4
+# For each layer and sequence: the likeness of each step to the one before (n - 1,), and the Jaccard similarity of what
+# any two steps choose (n, n), mean over the key heads.
+Seen = list[tuple[np.ndarray, np.ndarray]]
 
 
 def calibrate_tau(
@@ -48,10 +54,11 @@ def calibrate_tau(
     token_batches : iterable of Tensor of int64, shape (B, T)
         Text like that which will be decoded, without padding.
     target_jaccard : float, default=0.8
-        In (0, 1]: how alike a choice that is used on and one made anew are to be.
+        In (0, 1]: how alike the tokens of a choice that is used on and of one made anew are to be; sinks and newest
+        tokens do not count, they are always there.
     settings : LouisKVConfig, optional
-        Whose budget, sinks and buffer count: only keys between these two are chosen, and as many as the budget holds,
-        at most a quarter.
+        How units are formed and how many are chosen: as many as the budget holds, at most a quarter of the prompt's
+        tokens between sinks and buffer.
     steps : int, default=256
         Last tokens of each sequence, at most half, that are played as steps.
 
@@ -68,7 +75,8 @@ def calibrate_tau(
     Notes
     -----
     One threshold for all layers and heads. Rotary positions turn the queries a little with every step, which is part of
-    what is measured. O(T^2) attention once, and per layer and sequence O(steps^2) numbers.
+    what is measured. Segments of what follows the prompt are as short as where every step turns. O(T^2) attention once,
+    and per layer and sequence ``steps`` steps of the cache and O(steps^2) numbers.
 
     Examples
     --------
@@ -81,17 +89,7 @@ def calibrate_tau(
     """
     target = check_float("target_jaccard", target_jaccard, low=0.0, high=1.0, open_low=True)
     wanted = check_int("steps", steps, low=2)
-    seen: list[tuple[np.ndarray, np.ndarray]] = []
-    for tokens in token_batches:
-        if tokens.ndim != 2 or tokens.is_floating_point() or not len(tokens):
-            raise QuernelError(f"token_batches must hold (B, T) integers; got {tokens.dtype}, {tuple(tokens.shape)}")
-        first = tokens.shape[1] - min(wanted, tokens.shape[1] // 2)
-        cache = _Recording(model.config, settings or LouisKVConfig(), first, seen)
-        with attention(model), torch.no_grad():
-            for part in (tokens[:, :first], tokens[:, first:]):
-                model(part, past_key_values=cache)
-    if not seen:
-        raise QuernelError("token_batches must hold text to calibrate on; got none")
+    seen = record(model, token_batches, settings or LouisKVConfig(), wanted)
     best = ALWAYS
     for tau in np.quantile(np.concatenate([likeness for likeness, _ in seen]), _SHARES[::-1]):
         if kept_on(seen, float(tau)) < target:
@@ -106,12 +104,24 @@ def calibrate_tau(
     return best
 
 
-def kept_on(seen: list[tuple[np.ndarray, np.ndarray]], tau: float) -> float:
-    """Return how alike choices that are used on are to those made anew; 1 where none is used on.
+def record(model: Any, token_batches: Iterable[Tensor], settings: LouisKVConfig, steps: int) -> Seen:
+    """Return how alike the last steps' queries and choices are, at most ``steps`` and half of each text."""
+    seen: Seen = []
+    for tokens in token_batches:
+        if tokens.ndim != 2 or tokens.is_floating_point() or not len(tokens):
+            raise QuernelError(f"token_batches must hold (B, T) integers; got {tokens.dtype}, {tuple(tokens.shape)}")
+        first = tokens.shape[1] - min(steps, tokens.shape[1] // 2)
+        cache = _Recording(model.config, settings, first, seen)
+        with attention(model), torch.no_grad():
+            for part in (tokens[:, :first], tokens[:, first:]):
+                model(part, past_key_values=cache)
+    if not seen:
+        raise QuernelError("token_batches must hold text to calibrate on; got none")
+    return seen
 
-    ``seen`` holds, for a layer and sequence, the likeness of each step to the one before (n - 1,), and how alike the
-    choices of any two steps are (n, n).
-    """
+
+def kept_on(seen: Seen, tau: float) -> float:
+    """Return how alike choices that are used on are to those made anew; 1 where none is used on."""
     total, taken = 0.0, 0
     for likeness, alike in seen:
         chosen = 0
@@ -124,39 +134,28 @@ def kept_on(seen: list[tuple[np.ndarray, np.ndarray]], tau: float) -> float:
 
 
 class _Recording(Cache):
-    """Full attention; the queries of the second chunk leave what they would choose in ``seen``."""
+    """Full attention; of the second chunk stays in ``seen`` what a cache would choose at each of its steps."""
 
-    def __init__(
-        self, config: Any, settings: LouisKVConfig, first: int, seen: list[tuple[np.ndarray, np.ndarray]]
-    ) -> None:
-        self._low, self._high = settings.sink, first - settings.buffer
-        if self._high - self._low < _IMPORTANT:
+    def __init__(self, config: Any, settings: LouisKVConfig, first: int, seen: Seen) -> None:
+        among = first - settings.buffer - settings.sink
+        if among < _QUARTER:
             raise QuernelError(
-                f"a sequence whose first {first} tokens are the prompt leaves {max(0, self._high - self._low)} keys to "
-                f"choose from between sink={settings.sink} and buffer={settings.buffer}; give longer ones"
+                f"a sequence whose first {first} tokens are the prompt leaves {max(0, among)} keys to choose from "
+                f"between sink={settings.sink} and buffer={settings.buffer}; give longer ones"
             )
-        self._count = min(settings.layout().budget, (self._high - self._low) // _IMPORTANT)
+        budget = min(settings.layout().budget, among // _QUARTER)
+        size = min(settings.cluster_size, budget)
+        self._settings = replace(settings, budget=budget, cluster_size=size, tau=ALWAYS, dense_below=0, audit=False)
         self._seen = seen
         super().__init__(config)
 
     def _make_row(self, keys: Tensor, values: Tensor) -> CacheRow:
-        return _RecordingRow(self)
-
-    def record(self, query: Tensor, keys: Tensor, scale: float) -> None:
-        """Take the queries (Hk, g, n, d) of steps and the keys (Hk, m, d) of the prompt."""
-        wide = query.to(torch.promote_types(query.dtype, torch.float32))
-        units = torch.nn.functional.normalize(wide, dim=-1)
-        likeness = (units[:, :, 1:] * units[:, :, :-1]).sum(-1).mean((0, 1))
-        logits = wide @ keys[:, None, self._low : self._high].to(wide).mT * scale  # (Hk, g, n, m)
-        best = logits.softmax(-1).mean(1).topk(self._count, dim=-1).indices  # (Hk, n, count)
-        chosen = wide.new_zeros(*best.shape[:2], self._high - self._low).scatter_(-1, best, 1.0)
-        both = chosen @ chosen.mT  # (Hk, n, n)
-        self._seen.append((likeness.cpu().numpy(), (both / (2 * self._count - both)).mean(0).cpu().numpy()))
+        return _RecordingRow(self._settings, self._seen)
 
 
 class _RecordingRow(CacheRow):
-    def __init__(self, owner: _Recording) -> None:
-        self._owner = owner
+    def __init__(self, settings: LouisKVConfig, seen: Seen) -> None:
+        self._settings, self._seen = settings, seen
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
@@ -165,7 +164,12 @@ class _RecordingRow(CacheRow):
         self._values.append(values.clone())
 
     def chunk(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        self._owner.record(query, self.visible()[0], scale)
+        before = self.visible()[0]
+        asked = query.to(torch.promote_types(query.dtype, torch.float32))
+        units = torch.nn.functional.normalize(asked, dim=-1)
+        likeness = (units[:, :, 1:] * units[:, :, :-1]).sum(-1).mean((0, 1))
+        alike = jaccard(chosen_by(self._settings, asked, before.to(asked), keys.to(asked), scale))
+        self._seen.append((likeness.cpu().numpy(), alike.cpu().numpy()))
         return super().chunk(query, keys, values, scale)
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -177,3 +181,31 @@ class _RecordingRow(CacheRow):
 
     def tensors(self) -> list[Tensor]:
         return [*self._keys, *self._values]
+
+
+def chosen_by(settings: LouisKVConfig, queries: Tensor, before: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return the tokens that a row chooses at each step, their places (n, Hk, budget).
+
+    The prompt's keys are ``before`` (Hk, m, d), those of the steps ``keys`` (Hk, n, d), queries (Hk, g, n, d).
+    """
+    heads, m, dim = before.shape
+    # Instead of values the row stores the places of the tokens.
+    places = torch.arange(m + keys.shape[1], dtype=before.dtype, device=before.device)[None, :, None]
+    places = places.expand(heads, -1, -1)
+    row = LouisKVRow(before, places, settings, KVPool(heads, dim + 1, before.dtype))
+    row.extend(before, places[:, :m])
+    found = []
+    for t in range(keys.shape[1]):
+        row.step(queries[:, :, t], keys[:, t : t + 1], places[:, m + t : m + t + 1], scale)
+        found.append(row.chosen()[1][..., 0].long())
+    return torch.stack(found)
+
+
+def jaccard(places: Tensor) -> Tensor:
+    """Return the Jaccard similarity of any two steps' tokens, mean over the heads: (n, H, k) -> (n, n)."""
+    total = torch.zeros(len(places), len(places), device=places.device)
+    for head in places.unbind(1):
+        held = torch.zeros(len(head), int(places.max()) + 1, device=places.device).scatter_(1, head, 1.0)
+        both = held @ held.mT
+        total += both / (2 * head.shape[1] - both)
+    return total / places.shape[1]

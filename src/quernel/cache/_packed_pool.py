@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from quernel._errors import QuernelError
-from quernel._validate import check_float, check_int
+from quernel._validate import check_choice, check_float, check_int
 from quernel.cache._bitmap_intrinsics import TILE
 from quernel.cache._bitmap_kernels import expand_ranges
 from quernel.cache._pool import KVPool
 from quernel.cache.bitmap_rows import KINDS, packed
 from quernel.cache.pruning import kept_channels
+
+POOL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class PackedKVPool(KVPool):
@@ -85,6 +87,19 @@ class PackedKVPool(KVPool):
 
     def _read(self, source: np.ndarray, first: int, starts: np.ndarray, counts: np.ndarray, *target: Any) -> None:
         expand_ranges(self.dtype.itemsize)(source, first, self._words, self._sides, starts, counts, *target)
+
+
+def dtype_named(pool_dtype: str | None) -> torch.dtype | None:
+    """Return the dtype of a pool; None, which is the model's, for None.
+
+    Raises
+    ------
+    QuernelError
+        If it is not one of ``POOL_DTYPES``.
+    """
+    name = check_choice("pool_dtype", pool_dtype, (None, *POOL_DTYPES))
+    dtype: torch.dtype | None = None if name is None else getattr(torch, name)
+    return dtype
 
 
 def packing(k_sparsity: float, v_sparsity: float, dtype: torch.dtype | None) -> tuple[float, float] | None:

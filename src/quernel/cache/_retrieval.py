@@ -179,6 +179,11 @@ class RetrievalRow(CacheRow):
         rows = torch.cat((kept[0], *pooled, kept[1]), dim=1)
         return rows[..., : self._dim], rows[..., self._dim :]
 
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the units that are attended to now, (Hk, n, d) each."""
+        rows = self._room[:, self._sinks : self._sinks + self._chosen]
+        return rows[..., : self._dim], rows[..., self._dim :]
+
     def tensors(self) -> list[Tensor]:
         """Return working set, summaries, places of the units, and the pool where it lies in memory."""
         own = [self._room, torch.from_numpy(self._starts), torch.from_numpy(self._sizes)]

@@ -19,15 +19,14 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int
+from quernel._validate import check_choice, check_float, check_int, check_type
 from quernel.cache._cache import Cache, refuse_both, tokens_in
 from quernel.cache._layer import CacheRow
-from quernel.cache._packed_pool import make_pool, packing
+from quernel.cache._packed_pool import dtype_named, make_pool, packing
 from quernel.cache._pool import STORAGES, KVPool
 from quernel.cache._retrieval import Layout, RetrievalRow
 from quernel.kernels.clustering import cluster_means, kmeans
 
-POOL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 BUDGET = 1024
 # Measured: dense attention takes as long as choosing at three steps of ten where a row is 1.4 times the working set, as
 # long as choosing at every step at 2.2 times. Up to here nothing is left out, as there is next to nothing to win.
@@ -68,7 +67,7 @@ class LouisKVConfig:
         Measure at every step which share of the full attention is covered; reads all keys, so it is slow.
     budget_bytes : int, optional
         Instead of ``budget``: bytes of the chosen keys and values as the pool holds them, all layers of one sequence
-        together.
+        together. The working set holds them in the model's dtype, unpacked.
     k_sparsity, v_sparsity : float, default=0.0, 0.0
         Share of the channels of a key and of a value that the pool drops, in [0, 1): a token that leaves the newest
         ones keeps its largest, packed as by ``MustafarCache``. Where both are 0 the pool is not packed.
@@ -116,15 +115,16 @@ class LouisKVConfig:
         check_int("min_segment", self.min_segment, low=1, high=self.max_segment)
         check_int("kmeans_iters", self.kmeans_iters, low=1)
         check_choice("storage", self.storage, STORAGES)
-        check_choice("pool_dtype", self.pool_dtype, (None, *POOL_DTYPES))
+        dtype_named(self.pool_dtype)
         packing(self.k_sparsity, self.v_sparsity, self.dtype)
+        check_type("audit", self.audit, bool)
         if self.dense_below is not None:
             check_int("dense_below", self.dense_below, low=0)
 
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the pool; None for the model's."""
-        return None if self.pool_dtype is None else getattr(torch, self.pool_dtype)
+        return dtype_named(self.pool_dtype)
 
     @property
     def dropped(self) -> tuple[float, float] | None:
@@ -270,13 +270,19 @@ class LouisKVCache(RetrievalCache):
             chosen = replace(settings, **options) if settings is not None else LouisKVConfig(**options)
         except TypeError as error:
             raise QuernelError(f"LouisKVCache takes the fields of LouisKVConfig as options; got {options}") from error
-        if chosen.budget is None:
-            tokens = tokens_in(config, None, chosen.budget_bytes, chosen.dtype, chosen.dropped)
-            chosen = replace(chosen, budget=tokens, budget_bytes=None)
-        self.settings = chosen
+        self._bytes = chosen.budget_bytes
+        self.settings = self._in_tokens(config, chosen, chosen.dtype)
         super().__init__(config)
 
+    def _in_tokens(self, config: Any, settings: LouisKVConfig, dtype: torch.dtype | None) -> LouisKVConfig:
+        """Return settings whose budget is one of tokens, for a pool of this dtype."""
+        if self._bytes is None:
+            return settings
+        tokens = tokens_in(config, None, self._bytes, dtype, settings.dropped)
+        return replace(settings, budget=tokens, budget_bytes=None)
+
     def _make_row(self, keys: Tensor, values: Tensor) -> CacheRow:
+        self.settings = self._in_tokens(self.config, self.settings, self.settings.dtype or keys.dtype)
         return LouisKVRow(keys, values, self.settings, self._make_pool(keys, values))
 
     def _make_pool(self, keys: Tensor, values: Tensor) -> KVPool:

@@ -189,7 +189,7 @@ class MustafarCache(Cache):
     budget : int, optional
         Tokens kept a sequence; the oldest that are not protected are dropped beyond it.
     budget_bytes : int, optional
-        Instead of ``budget``: bytes of one sequence, all layers together.
+        Instead of ``budget``: bytes of one sequence, all layers together, in the dtype of the keys that come.
 
     Raises
     ------
@@ -244,22 +244,27 @@ class MustafarCache(Cache):
             "kept_k": kept_channels(dim, k_sparsity, "k_sparsity"),
             "kept_v": kept_channels(dim, v_sparsity, "v_sparsity"),
         }
-        self.crossover = -(-LAST_LEVEL_BYTES // bytes_a_token(self.config))
-        least = (self.crossover if objective == "speed" else 0) if min_packed is None else min_packed
-        self.schedule = Schedule(k_sparsity, v_sparsity, window, block, value_dtype, protect_first, least, None)
-        if budget is not None or budget_bytes is not None:
-            self.schedule = self._budgeted(budget, budget_bytes)
+        refuse_both(budget, budget_bytes)
+        if budget is not None:
+            check_int("budget", budget, low=protect_first + 1)
+        self._late, self._bytes = objective == "speed" and min_packed is None, budget_bytes
+        self._asked = Schedule(
+            k_sparsity, v_sparsity, window, block, value_dtype, protect_first, min_packed or 0, budget
+        )
+        self._plan(None)
 
-    def _budgeted(self, tokens: int | None, size: int | None) -> Schedule:
+    def _plan(self, dtype: torch.dtype | None) -> None:
+        """Set crossover and schedule for a model that computes in ``dtype``, by default that of its config."""
+        self.crossover = -(-LAST_LEVEL_BYTES // bytes_a_token(self.config, dtype))
+        plan = replace(self._asked, min_packed=self.crossover) if self._late else self._asked
+        self.schedule = plan if self._bytes is None else self._budgeted(plan, self._bytes, dtype)
+
+    def _budgeted(self, plan: Schedule, size: int, dtype: torch.dtype | None) -> Schedule:
         """Return the schedule with a budget in tokens; bytes pay for all room that there may be."""
-        plan = self.schedule
-        if size is None:
-            return replace(plan, budget=check_int("budget", tokens, low=plan.protect_first + 1))
-        refuse_both(tokens, size)
-        one = bytes_a_token(self.config)
+        one = bytes_a_token(self.config, dtype)
         check_int("budget_bytes", size, low=16 * one * (1 + plan.protect_first // 16))
         dense = _up(plan.protect_first + plan.window + plan.block, 16)
-        row = bytes_a_token(self.config, plan.value_dtype, (plan.k_sparsity, plan.v_sparsity))
+        row = bytes_a_token(self.config, plan.value_dtype or dtype, (plan.k_sparsity, plan.v_sparsity))
         packed = (size - one * dense) // row - _SPARE_ROWS
         if packed > 0:
             return replace(plan, budget=plan.protect_first + plan.window + packed)
@@ -267,6 +272,7 @@ class MustafarCache(Cache):
         return replace(plan, budget=size // one // 16 * 16 - 1, min_packed=NEVER)
 
     def _make_row(self, keys: Tensor, values: Tensor) -> CacheRow:
+        self._plan(keys.dtype)
         return MustafarRow(keys, values, self.schedule)
 
     def _details(self, rows: list[CacheRow]) -> Mapping[str, float]:

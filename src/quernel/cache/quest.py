@@ -7,6 +7,7 @@ the same budget, over the same pool: what differs is how units are formed, score
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._registry import register
-from quernel._validate import check_choice, check_int
+from quernel._validate import check_choice, check_int, check_type
 from quernel.cache._cache import tokens_in
 from quernel.cache._layer import CacheRow
-from quernel.cache._packed_pool import make_pool, packing
+from quernel.cache._packed_pool import dtype_named, make_pool, packing
 from quernel.cache._pool import STORAGES
 from quernel.cache._retrieval import Layout, RetrievalRow
 from quernel.cache.louiskv import PART, RetrievalCache, group_scores
@@ -75,7 +76,8 @@ class QuestCache(RetrievalCache):
     buffer : int, optional
         Newest tokens that are always attended to; default one page.
     storage : {"ram", "memmap"}
-    pool_dtype : torch.dtype, optional
+    pool_dtype : str, optional
+        In which the pool is kept, e.g. ``"bfloat16"``; default the model's.
     dense_below : int, default=0
         Up to so many tokens of a row nothing is left out.
     audit : bool, default=False
@@ -115,19 +117,20 @@ class QuestCache(RetrievalCache):
         sink: int = 0,
         buffer: int | None = None,
         storage: str = "ram",
-        pool_dtype: torch.dtype | None = None,
+        pool_dtype: str | None = None,
         dense_below: int = 0,
         audit: bool = False,
         budget_bytes: int | None = None,
         k_sparsity: float = 0.0,
         v_sparsity: float = 0.0,
     ) -> None:
-        self.dropped = packing(k_sparsity, v_sparsity, pool_dtype)
-        tokens = tokens_in(config, budget, budget_bytes, pool_dtype, self.dropped)
+        self.pool_dtype = dtype_named(pool_dtype)
+        self.dropped = packing(k_sparsity, v_sparsity, self.pool_dtype)
+        self._bytes = budget_bytes
+        tokens = tokens_in(config, budget, budget_bytes, self.pool_dtype, self.dropped)
         page = check_int("page_size", page_size, low=1)
-        if page > tokens:
-            raise QuernelError(f"page_size must be at most the budget of {tokens} tokens; got {page_size}")
-        self.storage, self.pool_dtype = check_choice("storage", storage, STORAGES), pool_dtype
+        _check_page(page, tokens)
+        self.storage = check_choice("storage", storage, STORAGES)
         self.layout = Layout(
             budget=tokens,
             sink=check_int("sink", sink, low=0),
@@ -137,10 +140,19 @@ class QuestCache(RetrievalCache):
             longest=page,
             part=-(-PART // page) * page,
             dense_below=check_int("dense_below", dense_below, low=0),
-            audit=audit,
+            audit=check_type("audit", audit, bool),
         )
         super().__init__(config)
 
     def _make_row(self, keys: Tensor, values: Tensor) -> CacheRow:
         pool = make_pool(keys, values, self.pool_dtype, self.storage, self.dropped)
+        if self._bytes is not None:
+            tokens = tokens_in(self.config, None, self._bytes, pool.dtype, self.dropped)
+            _check_page(self.layout.piece, tokens)
+            self.layout = replace(self.layout, budget=tokens)
         return QuestRow(keys, values, self.layout, pool)
+
+
+def _check_page(page: int, tokens: int) -> None:
+    if page > tokens:
+        raise QuernelError(f"page_size must be at most the budget of {tokens} tokens; got {page}")

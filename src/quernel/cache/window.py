@@ -82,7 +82,7 @@ class WindowCache(Cache):
     sink : int, default=4
         First tokens kept for ever; fewer than the budget.
     budget_bytes : int, optional
-        Instead of ``budget``: bytes of one sequence, all layers together.
+        Instead of ``budget``: bytes of one sequence, all layers together, in the dtype of the keys that come.
 
     Raises
     ------
@@ -101,11 +101,17 @@ class WindowCache(Cache):
     """
 
     def __init__(self, config: Any, budget: int | None = None, sink: int = 4, budget_bytes: int | None = None) -> None:
-        self.budget = tokens_in(config, budget, budget_bytes)
+        self.budget, self._bytes = tokens_in(config, budget, budget_bytes), budget_bytes
         self.sink = check_int("sink", sink, low=0)
-        if self.sink >= self.budget:
-            raise QuernelError(f"sink must be smaller than the budget of {self.budget} tokens; got {sink}")
+        self._check_sink()
         super().__init__(config)
 
+    def _check_sink(self) -> None:
+        if self.sink >= self.budget:
+            raise QuernelError(f"sink must be smaller than the budget of {self.budget} tokens; got {self.sink}")
+
     def _make_row(self, keys: Tensor, values: Tensor) -> CacheRow:
+        if self._bytes is not None:
+            self.budget = tokens_in(self.config, None, self._bytes, keys.dtype)
+            self._check_sink()
         return WindowRow(keys, values, self.budget, self.sink)

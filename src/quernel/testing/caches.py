@@ -6,6 +6,7 @@ from uniform: a cache that loses or repeats a token gives other numbers.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ VOCAB, NEW = 64, 12
 # Numbers of a random model's logits are of order one; sums over the same tokens in another order.
 SAME = 2e-5
 BF16 = 0.15
+# Rounding can turn a choice, of channels or of tokens, and with it an answer; answers to something else differ by 1.4.
+TURNED = 0.6
 
 
 def check_cache(cls: type) -> None:
@@ -96,6 +99,22 @@ def check_generate(cls: type) -> None:
     require(torch.equal(*turns), cls, "generate gives other tokens than with the plain cache")
 
 
+def check_generate_with_left_padding(cls: type) -> None:
+    """``generate`` on a padded batch gives the plain cache's tokens, in the first turn and in one that follows."""
+    model = _model()
+    prompt = _ids(3, 7)
+    mask = torch.ones_like(prompt)
+    mask[1, :2], mask[2, :5] = 0, 0
+    turns = []
+    for cache in (_make(cls, model), _plain(model)):
+        with _inside(model, cache):
+            first = _generated(model, cache, prompt, mask, 3)
+            more = torch.cat((first, _ids(3, 3, seed=5)), dim=1)
+            seen = torch.cat((mask, mask.new_ones(3, more.shape[1] - mask.shape[1])), dim=1)
+            turns.append(_generated(model, cache, more, seen, 4))
+    require(torch.equal(*turns), cls, "generate on a padded batch gives other tokens than with the plain cache")
+
+
 def check_beams(cls: type) -> None:
     """Beam search gives the plain cache's tokens, or is refused with a reason."""
     model = _model()
@@ -163,6 +182,20 @@ def check_low_precision(cls: type) -> None:
     got = _logits(model, _make(cls, model), prompt, forced=wanted.argmax(-1))
     require(got.dtype == torch.bfloat16, cls, f"answers are {got.dtype}")
     require_close(cls, "bfloat16", got, wanted, atol=BF16, rtol=BF16)
+
+
+def check_low_precision_of_long_contexts(cls: type) -> None:
+    """Beyond what is exact too, where things are left out or packed, bfloat16 answers much as float32 does."""
+    low = _model().to(torch.bfloat16)
+    same = copy.deepcopy(low).float()
+    prompt = _ids(2, 90)
+    mask = torch.ones_like(prompt)
+    mask[1, :40] = 0
+    wanted = _logits(same, _make(cls, same), prompt, mask)
+    got = _logits(low, _make(cls, low), prompt, mask, forced=wanted.argmax(-1))
+    require(got.dtype == torch.bfloat16, cls, f"answers are {got.dtype}")
+    off = float((got.float() - wanted).norm() / wanted.norm())
+    require(off <= TURNED, cls, f"answers in bfloat16 differ from those in float32 by {off:.2f} of their length")
 
 
 def check_attention_is_needed(cls: type) -> None:
@@ -246,6 +279,11 @@ def _model(key_heads: int = 2) -> Any:
     return model
 
 
+def _generated(model: Any, cache: Any, ids: Tensor, mask: Tensor, new: int) -> Tensor:
+    found: Tensor = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, do_sample=False)
+    return found
+
+
 def _ids(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
@@ -289,11 +327,13 @@ CHECKS = {
     "a_row_does_not_see_the_others": check_a_row_does_not_see_the_others,
     "chunks": check_chunks,
     "generate": check_generate,
+    "generate_with_left_padding": check_generate_with_left_padding,
     "beams": check_beams,
     "long_contexts": check_long_contexts,
     "reset": check_reset,
     "report": check_report,
     "low_precision": check_low_precision,
+    "low_precision_of_long_contexts": check_low_precision_of_long_contexts,
     "attention_is_needed": check_attention_is_needed,
     "refusals": check_refusals,
 }
