@@ -45,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in _runner.run_cases(file, lambda case: options.case is None or options.case in case.name, settings):
         if row.cold_ms is not None and row.name not in {other.name for other in rows}:
             print(f"{row.name}: first call in a fresh process {row.cold_ms:.4g} ms", flush=True)
-        rows.append(row)
         print(_line(_cells(row)), flush=True)
+        if row.facts and row.facts not in {other.facts for other in rows}:
+            print(f"    {row.facts}", flush=True)
+        rows.append(row)
         if row.note:
             print(f"    {'VOID: ' if row.void else ''}{row.note}", flush=True)
     void, failed = any(row.void for row in rows), not all(row.ok for row in rows)

@@ -76,6 +76,12 @@ def in_fresh_process(
         return child.read()["result"]
 
 
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Return the resident memory of this process, or with ``"VmHWM"`` the most that it ever was."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
 class IsolatedSubject:
     """A callable that lives in another process and is timed there; a subject of ``quernel._timing``.
 

@@ -25,6 +25,7 @@ A file ``benchmarks/<pillar>/<slug>.py`` exposes ``CASES``::
             target={"fp32": 4.0, "bf16": 1.2},               # least ratio peer / ours; others are only shown
             bound_ms=lambda s, threads: s.nbytes / (34e9 * threads) * 1e3,   # or a number, or None
             bound="weight bytes / 34 GB/s a core",
+            facts=lambda s: f"{s.layer.nbytes} bytes",       # after timing: what else is to be known of this run
         )
         for m in (1, 512)
     ]
@@ -46,7 +47,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ class Case:
     min_ms: float = 1.0
     slope: bool = False
     fresh: bool = False
+    facts: Callable[[Any], str] | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < MIN_ROUNDS:
@@ -139,6 +141,8 @@ class Row:
     load: float | None = None
     bound: str = ""
     cold_ms: float | None = None
+    # What a case measures besides.
+    facts: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the row that scripts rely on; ``void`` is added where it is true."""
@@ -225,7 +229,11 @@ def _run_here(file: Path, case: Case, counts: Sequence[int], settings: Settings,
                 for peer in case.peers:
                     yield Row(case.name, None, peer, None, None, case.target.get(peer), bound, n, False, failure)
                 continue
-            yield from _time(file, case, state, n, bound, settings, cold)
+            facts = ""
+            for row in _time(file, case, state, n, bound, settings, cold):
+                if case.facts is not None and row.ratio is not None:
+                    facts = facts or case.facts(state)
+                yield replace(row, facts=facts)
 
 
 def _gate(case: Case, state: Any) -> str:

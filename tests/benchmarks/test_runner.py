@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks import _runner
-from benchmarks._process import IsolatedSubject, ProcessFailed, in_fresh_process
+from benchmarks._process import IsolatedSubject, ProcessFailed, in_fresh_process, resident_bytes
 from benchmarks._runner import Case, Isolated, Unavailable
 from quernel import _timing
 
@@ -29,7 +29,7 @@ TOY = """
     COMMON = dict(setup=lambda: 1000, ours=ours, gate=gate, min_ms=0.05, threads=(1,))
     CASES = [
         Case(name="fast", peers={"slow": slow, "same": ours}, target={"slow": 2.0},
-             bound_ms=lambda s, n: s * n / 1e6, **COMMON),
+             bound_ms=lambda s, n: s * n / 1e6, facts=lambda s: f"{s} numbers", **COMMON),
         Case(name="missed", peers={"same": ours}, target={"same": 50.0}, **COMMON),
         Case(name="wrong", peers={"slow": slow}, **{**COMMON, "gate": lambda state: False}),
         Case(name="raises", peers={"slow": slow}, **{**COMMON, "gate": lambda state: 1 / 0}),
@@ -77,6 +77,21 @@ def test_rows_and_targets(toy, capsys):
     assert (slow["target"], same["target"]) == (2.0, None)
     assert (slow["threads"], slow["bound_ms"]) == (1, 0.001)
     assert slow["peer_ms"] > slow["ours_ms"] > 0
+
+
+def test_facts_are_printed_once_and_kept(toy, capsys, tmp_path):
+    assert cli.main(["toy-sum", "--case", "fast"]) == 0
+    assert capsys.readouterr().out.count("1000 numbers") == 1
+    rows = list(_runner.run_cases(toy, lambda case: case.name in ("fast", "wrong"), _runner.Settings()))
+    kept = json.loads(cli.write_results("toy-sum", rows, tmp_path).read_text())["rows"]
+    assert [row["facts"] for row in kept] == ["1000 numbers", "1000 numbers", ""]
+
+
+def test_resident_memory_is_read_in_bytes():
+    now, most = resident_bytes(), resident_bytes("VmHWM")
+    held = bytearray(os.urandom(2**25))
+    assert 2**24 < resident_bytes() - now < 2**26
+    assert most <= resident_bytes("VmHWM") and len(held) == 2**25
 
 
 def test_a_missed_target_fails(toy, capsys):

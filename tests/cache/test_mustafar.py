@@ -15,7 +15,7 @@ from quernel._errors import QuernelError
 from quernel.cache import BitmapRows, MustafarCache, attention, prune_per_token
 from quernel.cache._bitmap_attention import attend
 from quernel.cache._bitmap_intrinsics import vector_path
-from quernel.cache._layer import CacheLayer
+from quernel.cache._layer import CacheLayer, dense_step
 from quernel.cache.bitmap_rows import KINDS
 from quernel.cache.mustafar import MustafarRow, Schedule
 from tests.reference import mustafar as reference
@@ -57,6 +57,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
         pytest.param(torch.float32, 1, False, marks=pytest.mark.slow),
         pytest.param(torch.float32, 8, False, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, 1, False, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 8, False, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, 4, True, marks=pytest.mark.slow),
     ],
 )
@@ -89,9 +90,10 @@ def test_attention_number_by_number() -> None:
     torch.testing.assert_close(got[0], torch.tensor(wanted), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dim", [48, 64, 80, 128])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
-def test_batches_with_left_padding(batch: int) -> None:
-    heads, group, n, dim = 2, 2, 60, 48
+def test_batches_with_left_padding(batch: int, dim: int) -> None:
+    heads, group, n = 2, 2, 60
     layer = CacheLayer(lambda k, v: MustafarRow(k, v, schedule(window=8, block=16)))
     keys, values = drawn(batch, heads, n + 1, dim), drawn(batch, heads, n + 1, dim, seed=1)
     query = drawn(batch, heads * group, n + 1, dim, seed=2)
@@ -177,11 +179,22 @@ def test_sparsity_of_zero_is_the_plain_cache(chunks: list[int]) -> None:
     assert cache.report().details["tokens_packed"] == 96
 
 
-def test_short_contexts_are_the_plain_cache_exactly() -> None:
+def test_while_nothing_is_packed_a_step_is_the_dense_one_bit_for_bit() -> None:
+    keys, values, query = drawn(2, 33, 16), drawn(2, 33, 16, seed=1), drawn(2, 3, 33, 16, seed=2)
+    row = MustafarRow(keys, values, schedule(block=1))
+    row.extend(keys[:, :20], values[:, :20])
+    for t in range(20, 33):
+        got = row.step(query[:, :, t], keys[:, t : t + 1], values[:, t : t + 1], 0.3)
+        assert torch.equal(got, dense_step(query[:, :, t], keys[:, : t + 1], values[:, : t + 1], 0.3))
+    assert len(row.keys) == 1
+
+
+def test_short_contexts_are_the_plain_cache() -> None:
     net = model()
     ids = torch.randint(1, 64, (1, 60), generator=torch.Generator().manual_seed(0))
     wanted = decoded(net, DynamicCache(config=net.config), ids[:, :32], [20])
     got = decoded(net, MustafarCache(net.config, window=32, block=1), ids[:, :32], [20])
+    # The plain cache leaves the query heads of a key head to SDPA one by one; ours are rows of one product.
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 

@@ -32,7 +32,7 @@ def test_help_lists_every_command(arguments: list[str], capsys: pytest.CaptureFi
         (["nosuch"], "No such command"),
         (["list", "--nosuch"], "No such option"),
         (["info"], "Missing argument"),
-        (["info", "nosuch"], "no system is called 'nosuch'; known: cast"),
+        (["info", "nosuch"], "no system or class is called 'nosuch'; known systems: cast"),
         (["data", "nosuch"], "data set must be one of"),
         (["data", "--download"], "--download needs the name of one data set"),
         (["reproduce", "nosuch"], "there is no reproduction of nosuch"),

@@ -81,6 +81,7 @@ def calibrate_tau(
     Examples
     --------
     >>> from quernel.models import TinyLM
+    >>> _ = torch.manual_seed(0)
     >>> model = TinyLM(dim=32, n_layers=1, n_heads=2, n_kv_heads=1).eval().to_transformers()
     >>> text = torch.randint(0, 256, (1, 100), generator=torch.Generator().manual_seed(0))
     >>> settings = LouisKVConfig(budget=16, sink=2, buffer=16, max_segment=16)
