@@ -145,3 +145,9 @@ def test_a_tiny_lm_of_ours_runs_in_transformers() -> None:
         torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-4, atol=1e-5)
     assert torch.equal(theirs.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0), ours.generate(ids, 6))
     assert theirs.get_input_embeddings().weight is ours.embed_tokens.weight
+
+
+def test_a_cache_of_fewer_layers_is_refused() -> None:
+    model, other = llama(), LlamaConfig(**SMALL | {"num_hidden_layers": 1})
+    with attention(model), pytest.raises(QuernelError, match="made for a model of 1 layers"):
+        model(IDS, past_key_values=WindowCache(other, budget=8))

@@ -249,3 +249,8 @@ def test_assisted_decoding_is_refused_with_our_reason(make: Any, assisted: str) 
     with attention(model), pytest.raises(QuernelError, match="assisted and prompt-lookup decoding do not work"):
         model.generate(ids, past_key_values=make(model.config, budget=64), max_new_tokens=8, eos_token_id=63, **how)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_buffer_shorter_than_a_segment_is_named() -> None:
+    with pytest.raises(QuernelError, match="buffer must be at least max_segment=64"):
+        LouisKVConfig(budget=16, buffer=16)

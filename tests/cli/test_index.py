@@ -143,6 +143,7 @@ def test_a_report_says_how_its_queries_were_made(
         (["build", "x.npy", "--out", "ix", "--report", "r.pdf"], "FILE.html"),
         (["build", "none.npy", "--out", "ix"], "no such file"),
         (["build", "x.xyz", "--out", "ix"], "must end in"),
+        (["build", "nowhere/", "--out", "ix"], "there is no such file or folder"),
         (["build", "broken.npy", "--out", "ix"], "not a whole"),
         (["build", "cube.npy", "--out", "ix"], "one a row"),
         (["build", "many.npz", "--out", "ix"], "one array"),
@@ -161,6 +162,7 @@ def test_bad_input_is_one_line(work: Path, capsys: pytest.CaptureFixture[str], w
     (work / "words.csv").write_text("a,b\nc,d\n", encoding="utf-8")
     (work / "words.txt").write_text("1 2\none two\n", encoding="utf-8")
     (work / "empty.txt").write_text("\n", encoding="utf-8")
+    (work / "x.xyz").write_text("1", encoding="utf-8")
     assert main(["index", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

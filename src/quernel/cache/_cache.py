@@ -81,6 +81,17 @@ class Cache(TransformersCache, ABC):
         self.config = decoder
         super().__init__(layers=[CacheLayer(self._make_row) for _ in range(decoder.num_hidden_layers)])
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand new keys and values to the layer of this number, see ``CacheLayer.update``."""
+        if layer_idx >= len(self.layers):
+            raise QuernelError(
+                f"this cache was made for a model of {len(self.layers)} layers; layer {layer_idx + 1} of another asks. "
+                "Make it with that model's config"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     @abstractmethod
     def _make_row(self, keys: Tensor, values: Tensor) -> CacheRow:
         """Return an empty row for keys and values like these, (Hk, n, d) each."""

@@ -111,7 +111,11 @@ class LouisKVConfig:
         check_float("tau", self.tau)
         check_int("sink", self.sink, low=0)
         check_int("buffer", self.buffer, low=1)
-        check_int("max_segment", self.max_segment, low=1, high=self.buffer)
+        if check_int("max_segment", self.max_segment, low=1) > check_int("buffer", self.buffer, low=1):
+            raise QuernelError(
+                f"buffer must be at least max_segment={self.max_segment}, or an open segment could outgrow it; got "
+                f"{self.buffer}. Lower max_segment, or raise buffer"
+            )
         check_int("min_segment", self.min_segment, low=1, high=self.max_segment)
         check_int("kmeans_iters", self.kmeans_iters, low=1)
         check_choice("storage", self.storage, STORAGES)

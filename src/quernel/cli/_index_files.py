@@ -32,6 +32,8 @@ def read_items(path: Path) -> Any:
         If the file is missing, empty, of another kind, or not what its ending says.
     """
     ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file or folder")
     if ending not in ENDINGS:
         raise DataError(f"{path}: the file must end in {', '.join(ENDINGS)}")
     if not path.is_file():

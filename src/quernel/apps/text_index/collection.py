@@ -216,7 +216,7 @@ class TextIndex(ArrayFolder):
             If no file of this name is in.
         """
         if name not in self._sources:
-            raise QuernelError(f"no file {name!r} is in this index; `files` lists {len(self._sources)} names")
+            raise QuernelError(f"no file {name!r} is in this index of {len(self._sources)} files")
         source = self._sources.pop(name)
         if source.ids:
             self._index.remove(list(source.ids))
