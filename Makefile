@@ -37,7 +37,7 @@ test: $(READY) ## the quick suite
 	$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS)
 
 slow: $(READY) ## the tests that take more than a second each
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n $(PYTEST_WORKERS)
 
 portable: $(READY) ## the native kernels' tests again, on the path of machines without VNNI
 	QUERNEL_PORTABLE=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) tests/test_intrinsics.py tests/hashing tests/nn tests/search tests/sketch tests/cache tests/compress
