@@ -8,13 +8,14 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig
 
 from quernel._errors import QuernelError
 from quernel.cache import LouisKVCache, LouisKVConfig, MustafarCache, QuestCache, WindowCache, attention
 from quernel.cache._cache import bytes_a_token
 from quernel.cache.louiskv import LouisKVRow
 from quernel.kernels.clustering import cluster_means
+from tests.cache.tiny_llama import tiny_llama
 
 # Logits of order one; sums over the same tokens in another order.
 SAME = 1e-5
@@ -22,21 +23,13 @@ SMALL: dict[str, Any] = {"cluster_size": 4, "sink": 2, "buffer": 8, "min_segment
 
 
 def llama(key_heads: int = 2, layers: int = 2, **more: Any) -> Any:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
+    model = tiny_llama(
         num_hidden_layers=layers,
-        num_attention_heads=4,
         num_key_value_heads=key_heads,
-        eos_token_id=None,
-        pad_token_id=0,
+        max_position_embeddings=2048,
         attn_implementation="sdpa",
         **more,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         # Attention far from uniform.
         if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -206,8 +199,8 @@ def test_a_budget_in_bytes_is_one_of_tokens() -> None:
         ({"storage": "disk"}, "storage"),
         ({"pool_dtype": "int8"}, "pool_dtype"),
         ({"dense_below": -1}, "dense_below"),
-        ({"audit": "yes"}, "audit must be bool"),
-        ({"audit": 1}, "audit must be bool"),
+        ({"audit": "yes"}, "audit must be True or False"),
+        ({"audit": 1}, "audit must be True or False"),
         ({"pool_dtype": torch.bfloat16}, "pool_dtype must be one of"),
         ({"window": 3}, "window"),
     ],
@@ -226,7 +219,7 @@ def test_errors_name_the_argument(options: dict[str, Any], word: str) -> None:
         ({"budget": 32, "sink": -1}, "sink"),
         ({"budget": 32, "buffer": 0}, "buffer"),
         ({"budget": 32, "storage": "tape"}, "storage"),
-        ({"budget": 32, "audit": "yes"}, "audit must be bool"),
+        ({"budget": 32, "audit": "yes"}, "audit must be True or False"),
         ({"budget": 32, "pool_dtype": "int8"}, "pool_dtype must be one of"),
         ({"budget": 32, "pool_dtype": torch.int8}, "pool_dtype must be one of"),
         ({"budget_bytes": 10**9, "pool_dtype": torch.bfloat16}, "pool_dtype must be one of"),

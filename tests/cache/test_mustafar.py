@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig
 
 from quernel._errors import QuernelError
 from quernel.cache import BitmapRows, MustafarCache, attention, prune_per_token
@@ -18,6 +18,7 @@ from quernel.cache._bitmap_intrinsics import vector_path
 from quernel.cache._layer import CacheLayer, dense_step
 from quernel.cache.bitmap_rows import KINDS
 from quernel.cache.mustafar import MustafarRow, Schedule
+from tests.cache.tiny_llama import tiny_llama
 from tests.reference import mustafar as reference
 
 PLAIN = Schedule(0.7, 0.7, 32, 256, None, 0, 0, None)
@@ -146,22 +147,6 @@ def test_chunks_end_with_the_same_rows() -> None:
     assert len(parts.keys) == len(whole.keys) == reference.packed(500, 10, 32)
 
 
-def model(**more: Any) -> Any:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        eos_token_id=None,
-        pad_token_id=0,
-        **more,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @torch.no_grad()
 def decoded(net: Any, cache: Any, ids: Tensor, chunks: list[int]) -> Tensor:
     parts = ids.split([*chunks, *[1] * (ids.shape[1] - sum(chunks))], dim=1)
@@ -171,7 +156,7 @@ def decoded(net: Any, cache: Any, ids: Tensor, chunks: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("chunks", [[60], [10, 1, 30, 19]])
 def test_sparsity_of_zero_is_the_plain_cache(chunks: list[int]) -> None:
-    net = model()
+    net = tiny_llama()
     ids = torch.randint(1, 64, (2, 100), generator=torch.Generator().manual_seed(0))
     cache = MustafarCache(net.config, k_sparsity=0.0, v_sparsity=0.0, window=4, block=8)
     wanted = decoded(net, DynamicCache(config=net.config), ids, [60])
@@ -190,7 +175,7 @@ def test_while_nothing_is_packed_a_step_is_the_dense_one_bit_for_bit() -> None:
 
 
 def test_short_contexts_are_the_plain_cache() -> None:
-    net = model()
+    net = tiny_llama()
     ids = torch.randint(1, 64, (1, 60), generator=torch.Generator().manual_seed(0))
     wanted = decoded(net, DynamicCache(config=net.config), ids[:, :32], [20])
     got = decoded(net, MustafarCache(net.config, window=32, block=1), ids[:, :32], [20])
@@ -246,7 +231,7 @@ def test_the_oldest_are_dropped_beyond_a_budget(budget: int, prompt: int) -> Non
 
 @pytest.mark.parametrize("size", [30_000, 200_000, 1_000_000])
 def test_a_budget_in_bytes_is_kept(size: int) -> None:
-    net = model()
+    net = tiny_llama()
     cache = MustafarCache(net.config, window=8, block=16, budget_bytes=size)
     keys = drawn(1, 2, 1500, 16)
     row = cache._make_row(keys[0], keys[0])
@@ -269,7 +254,7 @@ def test_bytes_of_a_long_context(sparsity: float, most: float, dtype: torch.dtyp
 
 
 def test_report() -> None:
-    net = model(head_dim=64)
+    net = tiny_llama(head_dim=64)
     cache = MustafarCache(net.config, k_sparsity=0.5, window=8, block=16, value_dtype=torch.bfloat16)
     ids = torch.randint(1, 64, (2, 100), generator=torch.Generator().manual_seed(0))
     decoded(net, cache, ids, [90])
@@ -285,7 +270,7 @@ def test_report() -> None:
 
 
 def test_speed_packs_late_and_memory_at_once() -> None:
-    config = model().config
+    config = tiny_llama().config
     assert MustafarCache(config).schedule.packed(288) == 256
     fast = MustafarCache(config, objective="speed")
     crossover = int(fast.report().details["crossover"])
@@ -317,11 +302,11 @@ def test_speed_packs_late_and_memory_at_once() -> None:
 )
 def test_errors_name_the_argument(options: dict[str, Any], word: str) -> None:
     with pytest.raises(QuernelError, match=word):
-        MustafarCache(model().config, **options)
+        MustafarCache(tiny_llama().config, **options)
 
 
 def test_other_dtypes_and_heads_too_wide_are_refused() -> None:
-    net = model().double()
+    net = tiny_llama().double()
     with attention(net), pytest.raises(QuernelError, match="float64"):
         net(torch.ones(1, 3, dtype=torch.int64), past_key_values=MustafarCache(net.config))
     with pytest.raises(QuernelError, match="head_dim"):

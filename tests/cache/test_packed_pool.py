@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from quernel._errors import QuernelError
 from quernel.cache import (
@@ -24,6 +24,7 @@ from quernel.cache import (
 from quernel.cache._cache import bytes_a_token
 from quernel.cache._retrieval import RetrievalRow
 from quernel.testing import check_cache, checks_for
+from tests.cache.tiny_llama import tiny_llama
 
 HEADS = 3
 both = pytest.mark.parametrize("storage", ["ram", "memmap"])
@@ -108,24 +109,6 @@ def test_a_clone_shares_nothing(storage: str) -> None:
     assert not addresses[0] & addresses[1]
 
 
-def model(**more: Any) -> Any:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        eos_token_id=None,
-        pad_token_id=0,
-        **more,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
-
-
 def decoded(net: Any, cache: Any, tokens: int = 200, prompt: int = 180) -> None:
     ids = torch.randint(1, 64, (2, tokens), generator=torch.Generator().manual_seed(0))
     with attention(net), torch.no_grad():
@@ -179,7 +162,7 @@ def test_a_packed_pool_in_a_file_keeps_the_contract(name: str) -> None:
 @both
 @pytest.mark.parametrize("make", [LouisKVCache, QuestCache])
 def test_a_report_counts_what_is_stored(make: Any, storage: str) -> None:
-    net = model(head_dim=128)
+    net = tiny_llama(head_dim=128)
     options: dict[str, Any] = {"budget": 16, "sink": 0, "buffer": 8, "storage": storage, "dense_below": 0}
     options |= {"max_segment": 8} if make is LouisKVCache else {"page_size": 8}
     reports = []
@@ -242,7 +225,7 @@ def test_every_cache_takes_one_budget_in_tokens_or_bytes(make: Any) -> None:
 def test_bytes_are_counted_in_the_dtype_of_the_keys_whatever_the_config_names(
     named: torch.dtype, computes: torch.dtype, sparsity: float
 ) -> None:
-    net = model().to(computes)
+    net = tiny_llama().to(computes)
     net.config.dtype = named
     size = 20_000
     dropped = {"k_sparsity": sparsity, "v_sparsity": sparsity}
@@ -265,7 +248,7 @@ def test_bytes_are_counted_in_the_dtype_of_the_keys_whatever_the_config_names(
 
 
 def test_the_crossover_follows_the_dtype_of_the_keys() -> None:
-    net = model().bfloat16()
+    net = tiny_llama().bfloat16()
     net.config.dtype = torch.float32
     cache = MustafarCache(net.config, objective="speed")
     before = cache.report().details["crossover"]
@@ -274,7 +257,7 @@ def test_the_crossover_follows_the_dtype_of_the_keys() -> None:
 
 
 def test_a_model_in_double_precision_needs_another_dtype_of_the_pool() -> None:
-    net = model().double()
+    net = tiny_llama().double()
     with pytest.raises(QuernelError, match=r"float64. Give another pool_dtype"):
         decoded(net, LouisKVCache(net.config, budget=16, k_sparsity=0.5, dense_below=0), 3, 2)
     cache = LouisKVCache(

@@ -143,7 +143,7 @@ def test_a_report_says_how_its_queries_were_made(
         (["build", "x.npy", "--out", "ix", "--report", "r.pdf"], "FILE.html"),
         (["build", "none.npy", "--out", "ix"], "no such file"),
         (["build", "x.xyz", "--out", "ix"], "must end in"),
-        (["build", "nowhere/", "--out", "ix"], "there is no such file or folder"),
+        (["build", "nowhere/", "--out", "ix"], "there is no such file"),
         (["build", "broken.npy", "--out", "ix"], "not a whole"),
         (["build", "cube.npy", "--out", "ix"], "one a row"),
         (["build", "many.npz", "--out", "ix"], "one array"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._registry import register
-from quernel._validate import check_choice, check_float, check_int, check_type
+from quernel._validate import check_bool, check_choice, check_float, check_int
 from quernel.cache._cache import Cache, refuse_both, tokens_in
 from quernel.cache._layer import CacheRow
 from quernel.cache._packed_pool import dtype_named, make_pool, packing
@@ -111,7 +111,7 @@ class LouisKVConfig:
         check_float("tau", self.tau)
         check_int("sink", self.sink, low=0)
         check_int("buffer", self.buffer, low=1)
-        if check_int("max_segment", self.max_segment, low=1) > check_int("buffer", self.buffer, low=1):
+        if check_int("max_segment", self.max_segment, low=1) > self.buffer:
             raise QuernelError(
                 f"buffer must be at least max_segment={self.max_segment}, or an open segment could outgrow it; got "
                 f"{self.buffer}. Lower max_segment, or raise buffer"
@@ -121,7 +121,7 @@ class LouisKVConfig:
         check_choice("storage", self.storage, STORAGES)
         dtype_named(self.pool_dtype)
         packing(self.k_sparsity, self.v_sparsity, self.dtype)
-        check_type("audit", self.audit, bool)
+        check_bool("audit", self.audit)
         if self.dense_below is not None:
             check_int("dense_below", self.dense_below, low=0)
 

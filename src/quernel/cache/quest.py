@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._registry import register
-from quernel._validate import check_choice, check_int, check_type
+from quernel._validate import check_bool, check_choice, check_int
 from quernel.cache._cache import tokens_in
 from quernel.cache._layer import CacheRow
 from quernel.cache._packed_pool import dtype_named, make_pool, packing
@@ -140,7 +140,7 @@ class QuestCache(RetrievalCache):
             longest=page,
             part=-(-PART // page) * page,
             dense_below=check_int("dense_below", dense_below, low=0),
-            audit=check_type("audit", audit, bool),
+            audit=check_bool("audit", audit),
         )
         super().__init__(config)
 

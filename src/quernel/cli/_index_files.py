@@ -32,12 +32,10 @@ def read_items(path: Path) -> Any:
         If the file is missing, empty, of another kind, or not what its ending says.
     """
     ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    if not path.exists():
-        raise DataError(f"{path}: there is no such file or folder")
-    if ending not in ENDINGS:
-        raise DataError(f"{path}: the file must end in {', '.join(ENDINGS)}")
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
+    if ending not in ENDINGS:
+        raise DataError(f"{path}: the file must end in {', '.join(ENDINGS)}")
     items = _sets(path) if ".txt" in ending else _vectors(path, ending)
     if not len(items):
         raise DataError(f"{path} holds no items")

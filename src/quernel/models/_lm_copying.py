@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quernel.models._cached import Progress
-from quernel.models._lm_tasks import windows_of
+from quernel.models._lm_tasks import logits_of, windows_of
 from quernel.models.decoder import TinyLM
 
 # Longest passage and steps of each stage; a crop has room for two of the longest.
@@ -25,7 +25,7 @@ STEPS = sum(steps for _, steps in STAGES)
 _SHORTEST = 8
 _TOKENS_A_STEP, _LEAST_ROWS = 2048, 4
 _LEARNING_RATE, _WARM_UP, _DECAY, _LAST = 2e-3, 50, 300, 0.02
-_CLIP = 1.0
+_BETAS, _WEIGHT_DECAY, _CLIP = (0.9, 0.95), 0.01, 1.0
 _LETTERS = (32, 96)
 
 
@@ -39,6 +39,8 @@ def settings(steps: int) -> dict[str, Any]:
         "shortest": _SHORTEST,
         "tokens_a_step": [_TOKENS_A_STEP, _LEAST_ROWS],
         "learning_rate": [_LEARNING_RATE, _WARM_UP, _DECAY, _LAST],
+        "betas": list(_BETAS),
+        "weight_decay": _WEIGHT_DECAY,
         "clip": _CLIP,
         "letters": list(_LETTERS),
     }
@@ -47,7 +49,7 @@ def settings(steps: int) -> dict[str, Any]:
 def learn_to_copy(model: TinyLM, ids: Tensor, steps: int, seed: int, progress: Progress | None) -> None:
     """Train a model further, in place, on passages of random letters and of text that follow themselves."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=_BETAS, weight_decay=_WEIGHT_DECAY)
     for step in range(steps):
         rate = min((step + 1) / _WARM_UP, 1.0, max((steps - step) / _DECAY, _LAST))
         for group in optimizer.param_groups:
@@ -81,16 +83,6 @@ def second_copy_loss(model: TinyLM, passages: Tensor) -> float:
 def second_copies(ids: Tensor, context: int) -> Tensor:
     """Return passages of half a context that follow each other in a text, shape (n, context / 2)."""
     return windows_of(ids, context // 2)[:, :-1]
-
-
-def logits_of(model: TinyLM, tokens: Tensor) -> Tensor:
-    """Return logits in float32, computed in bfloat16 where the processor has it; emulated it would be slower."""
-    # Older torch cannot tell and trains in float32.
-    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-        logits: Tensor = model(tokens)
-    return logits.float()
 
 
 def _longest(step: int) -> int:

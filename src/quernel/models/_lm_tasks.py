@@ -1,8 +1,9 @@
-"""Tasks of ``TinyLM``: next-token loss over full contexts of text."""
+"""Tasks of ``TinyLM``: next-token loss over full contexts of text, and the logits that trainings take it of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,3 +73,13 @@ def _task(name: str, model: TinyLM, fitting: Tensor, choosing: Tensor, judging: 
         NegativeCrossEntropy.of(ids, min(model.context, len(ids) - 1), limit) for ids in (choosing, judging)
     )
     return Task(name, "neg_cross_entropy", calibration, select, judge, calibration[0])
+
+
+def logits_of(model: TinyLM, tokens: Tensor) -> Tensor:
+    """Return logits in float32, computed in bfloat16 where the processor has it; emulated it would be slower."""
+    # Older torch cannot tell and trains in float32.
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+        logits: Tensor = model(tokens)
+    return logits.float()

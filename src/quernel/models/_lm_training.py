@@ -20,7 +20,7 @@ from quernel import data
 from quernel._validate import check_choice, check_int
 from quernel.models import _lm_copying
 from quernel.models._cached import Progress, measured, seeded, trained
-from quernel.models._lm_tasks import NegativeCrossEntropy
+from quernel.models._lm_tasks import NegativeCrossEntropy, logits_of
 from quernel.models.decoder import TinyLM
 
 STEPS = 1500
@@ -121,7 +121,7 @@ def _learn_text(model: TinyLM, ids: Tensor, steps: int, seed: int, progress: Pro
                 group["lr"] = _LEARNING_RATE * min((step + 1) / _WARM_UP, max(1 - step / steps, _LAST))
             optimizer.zero_grad()
         crops = _crops(ids, _LONG if step % _LONG_EVERY == 0 else _SHORT, generator)
-        logits = _lm_copying.logits_of(model, crops[:, :-1])
+        logits = logits_of(model, crops[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)

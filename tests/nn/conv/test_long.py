@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
-from quernel.nn import H3Conv, LearnedButterfly, LongConv, LongConvBlock, LongKernel, MonarchFFT
+from quernel.nn import H3Conv, LearnedButterfly, LongConv, LongConvBlock, LongKernel, MonarchFFT, make_mixer
 from quernel.nn.conv._online import BLOCK
 from quernel.nn.functional import fft_conv
 from tests.reference import long_conv as reference
@@ -331,3 +331,18 @@ def online(mixer: LongConv, batch: int) -> Any:
 def test_what_cannot_be_right_is_refused(call: Any, message: str) -> None:
     with pytest.raises(QuernelError, match=message):
         call()
+
+
+@pytest.mark.parametrize("system", ["long-conv", "sgconv"])
+def test_what_comes_later_shows_in_rounding_only_but_a_nan_everywhere(system: str) -> None:
+    torch.manual_seed(0)
+    mixer = make_mixer(system, 8, l_max=256).eval()
+    x = torch.randn(1, 256, 8)
+    loud, lost = x.clone(), x.clone()
+    loud[0, 128] *= 1e5
+    lost[0, 128] = float("nan")
+    with torch.no_grad():
+        before, after, nothing = mixer(x)[:, :128], mixer(loud)[:, :128], mixer(lost)
+    # The transform rounds every output by the largest value of the sequence.
+    assert (after - before).abs().max() <= 1e-6 * loud.abs().max()
+    assert nothing.isnan().all()
