@@ -52,7 +52,12 @@ def load_file(file: str | os.PathLike[str]) -> ModuleType:
 
 
 def in_fresh_process(
-    file: str | os.PathLike[str], function: str, *args: Any, threads: int = 1, env: Mapping[str, str] | None = None
+    file: str | os.PathLike[str],
+    function: str,
+    *args: Any,
+    threads: int = 1,
+    env: Mapping[str, str] | None = None,
+    python: str | None = None,
 ) -> Any:
     """Call ``function(*args)`` of a file in a new process and return its result.
 
@@ -66,13 +71,15 @@ def in_fresh_process(
         For OpenMP, MKL, OpenBLAS, Numba and torch.
     env : mapping, optional
         More environment variables, e.g. ``{"QUERNEL_PORTABLE": "1"}``.
+    python : str, optional
+        Another interpreter, e.g. of ``benchmarks._peers.peer_python``.
 
     Raises
     ------
     ProcessFailed
         If the function raises or its process dies.
     """
-    with _Child(file, function, args, threads, env, keep=False) as child:
+    with _Child(file, function, args, threads, env, keep=False, python=python) as child:
         return child.read()["result"]
 
 
@@ -88,8 +95,10 @@ class IsolatedSubject:
     ``function(*args)`` of the file prepares and returns the callable to be timed.
     """
 
-    def __init__(self, file: str | os.PathLike[str], function: str, *args: Any, threads: int = 1) -> None:
-        self._child = _Child(file, function, args, threads, None, keep=True)
+    def __init__(
+        self, file: str | os.PathLike[str], function: str, *args: Any, threads: int = 1, python: str | None = None
+    ) -> None:
+        self._child = _Child(file, function, args, threads, None, keep=True, python=python)
         self._cpu = 0.0
         try:
             self._cpu_at_start = float(self._child.read()["cpu"])
@@ -128,9 +137,10 @@ class _Child:
         env: Mapping[str, str] | None,
         *,
         keep: bool,
+        python: str | None = None,
     ) -> None:
         self._where = f"{Path(file).name}:{function}"
-        command = [sys.executable, "-m", "benchmarks._process", str(Path(file).resolve()), function, json.dumps(args)]
+        command = [python or sys.executable, "-m", "benchmarks._process", str(Path(file).resolve()), function, json.dumps(args)]
         settings = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), **(env or {})}
         path = [str(ROOT), str(ROOT / "src"), settings.get("PYTHONPATH", "")]
         settings["PYTHONPATH"] = os.pathsep.join(filter(None, path))

@@ -13,6 +13,7 @@ import torch
 
 from quernel._errors import QuernelError
 from quernel._validate import check_choice, check_float
+from quernel.kernels.grams import arc_cosine_gram
 from quernel.kernels.linalg import Array, as_tensor, like
 
 ORDERS = (0, 1, 2)
@@ -84,15 +85,12 @@ def arc_cosine_kernel(x: Array, y: Array, order: int = 1) -> Array:
         raise QuernelError(f"x and y must be floating matrices of equal width; got {tuple(a.shape)}, {tuple(b.shape)}")
     dtype = a.dtype
     a, b = a.double(), b.double()
-    lengths = a.norm(dim=1)[:, None] * b.norm(dim=1)
+    cross, left, right = a @ b.mT, a.square().sum(1), b.square().sum(1)
+    if order < 2:
+        return like(arc_cosine_gram(cross, left, right, order).to(dtype), x)
+    lengths = (left[:, None] * right).sqrt()
     # Rounding can push a cosine past 1; a zero row has no angle, and its length makes the kernel 0.
-    cosine = ((a @ b.mT) / lengths.clamp_min(torch.finfo(torch.float64).tiny)).clamp(-1, 1)
-    rest = torch.pi - cosine.arccos()
+    cosine = (cross / lengths.clamp_min(torch.finfo(torch.float64).tiny)).clamp(-1, 1)
     sine = (1 - cosine.square()).sqrt()
-    if order == 0:
-        shape = torch.where(lengths > 0, rest, torch.zeros_like(rest))
-    elif order == 1:
-        shape = lengths * (sine + rest * cosine)
-    else:
-        shape = lengths.square() * (3 * sine * cosine + rest * (1 + 2 * cosine.square()))
-    return like((shape / torch.pi).to(dtype), x)
+    shape = 3 * sine * cosine + (torch.pi - cosine.arccos()) * (1 + 2 * cosine.square())
+    return like((lengths.square() * shape / torch.pi).to(dtype), x)

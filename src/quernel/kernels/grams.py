@@ -1,0 +1,167 @@
+"""Kernel functions of Gram matrices: what a wide random layer makes of inner products, without any features.
+
+Given inner products g = x.y and squared lengths a = |x|^2, b = |y|^2, with p = sqrt(a b) and the angle t = arccos(g / p):
+
+    arc-cosine, order 0   (pi - t) / pi                              2 E[step(u) step(v)]
+    arc-cosine, order 1   (p sin t + (pi - t) g) / pi                2 E[relu(u) relu(v)]
+    erf                   (2/pi) arcsin(2 g / sqrt((1+2a)(1+2b)))      E[erf(u) erf(v)]
+    erf, slope            (4/pi) / sqrt((1+2a)(1+2b) - 4 g^2)          E[erf'(u) erf'(v)]
+    squared exponential   exp(-(a + b - 2 g) / 2)
+
+over (u, v) ~ N(0, [[a, g], [g, b]]). The kernel of order 1 has the gradient ((pi - t)/pi, sin t/pi) in (g, p), finite
+everywhere; written with arccos it would be infinity times zero where two points coincide, so it is a function of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quernel._errors import QuernelError
+
+
+def arc_cosine_gram(cross: Tensor, left: Tensor, right: Tensor, order: int = 1) -> Tensor:
+    """Return the normalised arc-cosine kernel of order 0 or 1; order 1 keeps the diagonal of its input.
+
+    Parameters
+    ----------
+    cross : Tensor, shape (*batch, n, m)
+        Inner products between n and m points; float64 where gradients near coincident points matter.
+    left, right : Tensor, shapes (*batch, n) and (*batch, m)
+        Squared lengths, >= 0.
+    order : {0, 1}, default=1
+        0 is the step, 1 the ReLU.
+
+    Returns
+    -------
+    kernel : Tensor, shape (*batch, n, m)
+        0 where a point has no length. Where two points coincide, the gradient of order 0, infinite in truth, is 0.
+
+    Raises
+    ------
+    QuernelError
+        If shapes do not fit, or ``order`` is another.
+
+    References
+    ----------
+    Cho and Saul, "Kernel Methods for Deep Learning", NIPS 2009.
+
+    Examples
+    --------
+    >>> one = torch.ones(2)
+    >>> arc_cosine_gram(torch.eye(2), one, one).round(decimals=4).tolist()
+    [[1.0, 0.3183], [0.3183, 1.0]]
+    """
+    _check(cross, left, right)
+    lengths = _lengths(left, right)
+    if order == 0:
+        return _open_share(cross, lengths)
+    if order == 1:
+        result: Tensor = _ArcCosine.apply(cross, lengths)  # type: ignore[no-untyped-call]
+        return result
+    raise QuernelError(f"order must be 0 or 1; got {order!r}")
+
+
+def erf_gram(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return E[erf(u) erf(v)]; shapes as in ``arc_cosine_gram``.
+
+    References
+    ----------
+    Williams, "Computing with Infinite Networks", NIPS 1996.
+
+    Examples
+    --------
+    >>> round(float(erf_gram(torch.ones(1, 1), torch.ones(1), torch.ones(1))), 4)
+    0.4646
+    """
+    _check(cross, left, right)
+    scale = _erf_scale(left, right)
+    return (2 / torch.pi) * (2 * cross / scale).clamp(-1, 1).arcsin()
+
+
+def erf_slope_gram(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return E[erf'(u) erf'(v)]; shapes as in ``arc_cosine_gram``.
+
+    Examples
+    --------
+    >>> round(float(erf_slope_gram(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1))), 4)
+    1.2732
+    """
+    _check(cross, left, right)
+    scale = _erf_scale(left, right)
+    # (1 + 2a)(1 + 2b) - 4 g^2 >= 1 for every positive semi-definite (a, b, g); rounding alone goes below.
+    return (4 / torch.pi) * (scale.square() - 4 * cross.square()).clamp_min(1.0).rsqrt()
+
+
+def squared_exponential_gram(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return exp(-|x - y|^2 / 2) from inner products; shapes as in ``arc_cosine_gram``.
+
+    Examples
+    --------
+    >>> squared_exponential_gram(torch.ones(1, 1), torch.ones(1), torch.ones(1)).tolist()
+    [[1.0]]
+    """
+    _check(cross, left, right)
+    return (cross - 0.5 * left[..., :, None] - 0.5 * right[..., None, :]).clamp(max=0.0).exp()
+
+
+class _ArcCosine(torch.autograd.Function):
+    """(p sin t + (pi - t) g) / pi with its own, finite gradient."""
+
+    @staticmethod
+    def forward(cross: Tensor, lengths: Tensor) -> Tensor:
+        """Return the kernel."""
+        cosine = _cosine(cross, lengths)
+        sine = _sine(cosine)
+        return lengths * (sine + (torch.pi - torch.atan2(sine, cosine)) * cosine) / torch.pi
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep the inputs."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of inner products and lengths; made of operations that have gradients in turn."""
+        cross, lengths = ctx.saved_tensors
+        sine = _sine(_cosine(cross, lengths))
+        return grads[0] * _open_share(cross, lengths), grads[0] * sine / torch.pi
+
+
+def _open_share(cross: Tensor, lengths: Tensor) -> Tensor:
+    cosine = _cosine(cross, lengths)
+    share = 1 - torch.atan2(_sine(cosine), cosine) / torch.pi
+    return torch.where(lengths > 0, share, torch.zeros_like(share))
+
+
+def _cosine(cross: Tensor, lengths: Tensor) -> Tensor:
+    some = lengths > 0
+    return torch.where(some, cross / torch.where(some, lengths, torch.ones_like(lengths)), 0.0).clamp(-1, 1)
+
+
+def _sine(cosine: Tensor) -> Tensor:
+    square = (1 - cosine) * (1 + cosine)
+    # Two where: the root's infinite slope at 0 must not be reached, not even to be multiplied by 0.
+    apart = square > 0
+    return torch.where(apart, torch.where(apart, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
+
+
+def _lengths(left: Tensor, right: Tensor) -> Tensor:
+    product = left[..., :, None] * right[..., None, :]
+    some = product > 0
+    return torch.where(some, torch.where(some, product, torch.ones_like(product)).sqrt(), torch.zeros_like(product))
+
+
+def _erf_scale(left: Tensor, right: Tensor) -> Tensor:
+    return ((1 + 2 * left)[..., :, None] * (1 + 2 * right)[..., None, :]).sqrt()
+
+
+def _check(cross: Tensor, left: Tensor, right: Tensor) -> None:
+    wanted = (*left.shape, right.shape[-1]) if left.ndim and right.ndim else None
+    if tuple(cross.shape) != wanted or left.shape[:-1] != right.shape[:-1] or not cross.is_floating_point():
+        raise QuernelError(
+            "cross, left and right must be floating point with shapes (*batch, n, m), (*batch, n) and (*batch, m); "
+            f"got {tuple(cross.shape)}, {tuple(left.shape)}, {tuple(right.shape)}"
+        )
