@@ -140,7 +140,14 @@ class _Child:
         python: str | None = None,
     ) -> None:
         self._where = f"{Path(file).name}:{function}"
-        command = [python or sys.executable, "-m", "benchmarks._process", str(Path(file).resolve()), function, json.dumps(args)]
+        command = [
+            python or sys.executable,
+            "-m",
+            "benchmarks._process",
+            str(Path(file).resolve()),
+            function,
+            json.dumps(args),
+        ]
         settings = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), **(env or {})}
         path = [str(ROOT), str(ROOT / "src"), settings.get("PYTHONPATH", "")]
         settings["PYTHONPATH"] = os.pathsep.join(filter(None, path))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quernel._errors import QuernelError
+from quernel.kernels.grams import cosine_and_sine
 
 Function = Callable[[Tensor], Tensor]
 
@@ -100,9 +101,11 @@ def gaussian_product_average(f: Function, g: Function, left: Tensor, right: Tens
 
 def _polar(f: Function, g: Function, a: Tensor, b: Tensor, c: Tensor, radii: Tensor, radial: Tensor) -> Tensor:
     lengths = (a * b).sqrt()
-    cosine = torch.where(lengths > 0, c / lengths.clamp_min(torch.finfo(a.dtype).tiny), torch.zeros_like(c)).clamp(-1, 1)
+    cosine = torch.where(lengths > 0, c / lengths.clamp_min(torch.finfo(a.dtype).tiny), torch.zeros_like(c)).clamp(
+        -1, 1
+    )
     # u = sqrt(a) r cos(s), v = sqrt(b) r cos(s - t): the kinks lie at s = +-pi/2 and t +- pi/2.
-    t = torch.atan2(((1 - cosine) * (1 + cosine)).sqrt(), cosine)
+    t = torch.atan2(sine, cosine)
     half = torch.pi / 2
     edges = torch.stack((-half + 0 * t, t - half, half + 0 * t, t + half, 3 * half + 0 * t), -1)  # (k, 5)
     x, w = (torch.from_numpy(part).to(a) for part in np.polynomial.legendre.leggauss(_ARC_NODES))

@@ -1,6 +1,6 @@
 """Kernel functions of Gram matrices: what a wide random layer makes of inner products, without any features.
 
-Given inner products g = x.y and squared lengths a = |x|^2, b = |y|^2, with p = sqrt(a b) and the angle t = arccos(g / p):
+Given inner products g = x.y and squared lengths a = |x|^2, b = |y|^2, with p = sqrt(a b) and angle t = arccos(g / p):
 
     arc-cosine, order 0   (pi - t) / pi                              2 E[step(u) step(v)]
     arc-cosine, order 1   (p sin t + (pi - t) g) / pi                2 E[relu(u) relu(v)]
@@ -9,7 +9,7 @@ Given inner products g = x.y and squared lengths a = |x|^2, b = |y|^2, with p = 
     squared exponential   exp(-(a + b - 2 g) / 2)
 
 over (u, v) ~ N(0, [[a, g], [g, b]]). The kernel of order 1 has the gradient ((pi - t)/pi, sin t/pi) in (g, p), finite
-everywhere; written with arccos it would be infinity times zero where two points coincide, so it is a function of its own.
+everywhere; written with arccos it would be infinity times zero where two points coincide: it is a function of its own.
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ class _ArcCosine(torch.autograd.Function):
     @staticmethod
     def forward(cross: Tensor, lengths: Tensor) -> Tensor:
         """Return the kernel."""
-        cosine = _cosine(cross, lengths)
-        sine = _sine(cosine)
+        cosine, sine = cosine_and_sine(cross, lengths)
         return lengths * (sine + (torch.pi - torch.atan2(sine, cosine)) * cosine) / torch.pi
 
     @staticmethod
@@ -126,26 +125,28 @@ class _ArcCosine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of inner products and lengths; made of operations that have gradients in turn."""
         cross, lengths = ctx.saved_tensors
-        sine = _sine(_cosine(cross, lengths))
+        _, sine = cosine_and_sine(cross, lengths)
         return grads[0] * _open_share(cross, lengths), grads[0] * sine / torch.pi
 
 
-def _open_share(cross: Tensor, lengths: Tensor) -> Tensor:
-    cosine = _cosine(cross, lengths)
-    share = 1 - torch.atan2(_sine(cosine), cosine) / torch.pi
-    return torch.where(lengths > 0, share, torch.zeros_like(share))
+def cosine_and_sine(cross: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of angles from inner products and products of lengths; 0 and 1 where there is no length.
 
-
-def _cosine(cross: Tensor, lengths: Tensor) -> Tensor:
+    Gradients are finite everywhere, and 0 where an angle is 0 or pi.
+    """
     some = lengths > 0
-    return torch.where(some, cross / torch.where(some, lengths, torch.ones_like(lengths)), 0.0).clamp(-1, 1)
-
-
-def _sine(cosine: Tensor) -> Tensor:
+    cosine = torch.where(some, cross / torch.where(some, lengths, torch.ones_like(lengths)), 0.0).clamp(-1, 1)
     square = (1 - cosine) * (1 + cosine)
     # Two where: the root's infinite slope at 0 must not be reached, not even to be multiplied by 0.
     apart = square > 0
-    return torch.where(apart, torch.where(apart, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
+    root = torch.where(apart, square, torch.ones_like(square)).sqrt()
+    return cosine, torch.where(apart, root, torch.zeros_like(square))
+
+
+def _open_share(cross: Tensor, lengths: Tensor) -> Tensor:
+    cosine, sine = cosine_and_sine(cross, lengths)
+    share = 1 - torch.atan2(sine, cosine) / torch.pi
+    return torch.where(lengths > 0, share, torch.zeros_like(share))
 
 
 def _lengths(left: Tensor, right: Tensor) -> Tensor:

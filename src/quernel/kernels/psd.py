@@ -245,7 +245,9 @@ def _checked_spectrum(values: Tensor) -> Tensor:
     """Return ascending eigenvalues with rounding's negatives as 0."""
     # float32 kernels that arrive here were rounded at 1e-7 each: a thousand of those is no sign of a mistake.
     if bool((values[..., 0] < -1e-4 * values.abs().amax(-1)).any()):
-        raise QuernelError(f"the matrix is not positive semi-definite: its least eigenvalue is {float(values.min()):.3g}")
+        raise QuernelError(
+            f"the matrix is not positive semi-definite: its least eigenvalue is {float(values.min()):.3g}"
+        )
     return values.clamp_min(0.0)
 
 

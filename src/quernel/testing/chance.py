@@ -77,9 +77,7 @@ def require_frequencies(counts: ArrayLike, probabilities: ArrayLike, *, alpha: f
     _judge("frequencies", p, alpha, f"chi-square over {len(wanted)} cells")
 
 
-def require_distribution(
-    samples: ArrayLike, cdf: Callable[[np.ndarray], Any], *, alpha: float = ALPHA
-) -> None:
+def require_distribution(samples: ArrayLike, cdf: Callable[[np.ndarray], Any], *, alpha: float = ALPHA) -> None:
     """Require that samples (n,) have a continuous distribution, by the Kolmogorov-Smirnov test."""
     x = np.asarray(samples, np.float64).ravel()
     _check(x, 10, alpha)
