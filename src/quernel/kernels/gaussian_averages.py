@@ -100,10 +100,7 @@ def gaussian_product_average(f: Function, g: Function, left: Tensor, right: Tens
 
 
 def _polar(f: Function, g: Function, a: Tensor, b: Tensor, c: Tensor, radii: Tensor, radial: Tensor) -> Tensor:
-    lengths = (a * b).sqrt()
-    cosine = torch.where(lengths > 0, c / lengths.clamp_min(torch.finfo(a.dtype).tiny), torch.zeros_like(c)).clamp(
-        -1, 1
-    )
+    cosine, sine = cosine_and_sine(c, (a * b).sqrt())
     # u = sqrt(a) r cos(s), v = sqrt(b) r cos(s - t): the kinks lie at s = +-pi/2 and t +- pi/2.
     t = torch.atan2(sine, cosine)
     half = torch.pi / 2
