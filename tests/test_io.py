@@ -201,3 +201,21 @@ def test_kill_9_leaves_the_old_object_or_the_new_one(tmp_path, delay_s):
     write_folder(tmp_path, {}, {"x": torch.zeros(3)})
     assert len(list(Path(tmp_path).glob("*.safetensors"))) == 1
     assert torch.equal(read_folder(Path(tmp_path)).tensors["x"], torch.zeros(3))
+
+
+def test_scratch_of_killed_saves_goes_with_a_later_save_once_it_is_old(tmp_path):
+    write_folder(tmp_path, {}, {})
+    old, new, foreign = (
+        tmp_path / name for name in (".config.json.12.tmp", ".model.safetensors.13.tmp", ".notes.1.tmp")
+    )
+    for file in (old, new, foreign):
+        file.write_bytes(b"half")
+    for file in (old, foreign):
+        os.utime(file, (0, 0))
+    write_folder(tmp_path, {}, {})
+    assert (old.exists(), new.exists(), foreign.exists()) == (False, True, True)
+
+
+def test_a_folder_that_nothing_was_saved_in_says_so(tmp_path):
+    with pytest.raises(FormatError, match="its first save was interrupted"):
+        read_folder(tmp_path)

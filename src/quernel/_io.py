@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ CONFIG = "config.json"
 KEY = "quernel"
 PLAIN = "model.safetensors"
 OWN_FILE = re.compile(r"model(-[0-9a-f]{16})?\.safetensors")
+SCRATCH = re.compile(r"\.(model(-[0-9a-f]{16})?\.safetensors|config\.json)\.\d+\.tmp")
+_STALE_SECONDS = 3600.0
 # In the header of our tensor files: tells what a killed save left from somebody else's weights.
 MARK = {"format": "pt", "writer": "quernel"}
 # What makes a folder somebody's model; saving over it would mix two models or delete one.
@@ -79,6 +82,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         scratch.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _remove_scratch(folder: Path) -> None:
+    """Delete what killed saves left half written; nobody has been writing it for an hour."""
+    for file in folder.glob(".*.tmp"):
+        if SCRATCH.fullmatch(file.name) and time.time() - file.stat().st_mtime > _STALE_SECONDS:
+            file.unlink(missing_ok=True)
 
 
 def is_quernel_folder(path: Path) -> bool:
@@ -177,6 +187,7 @@ def write_folder(
     for file in ours if before else []:
         if file.name != name:
             file.unlink()
+    _remove_scratch(folder)
     remove_attached(folder, keep=subtree["files"]["folder"] if files else None)
     return folder
 
@@ -194,6 +205,10 @@ def read_folder(path: str | os.PathLike[str], *, check_tensors: bool = True) -> 
     """
     folder = Path(path)
     config = folder / CONFIG
+    if folder.is_dir() and not config.exists():
+        raise FormatError(
+            f"{config}: the file is missing; nothing was saved in this folder, or its first save was interrupted"
+        )
     document = _read_json(config)
     subtree = document.get(KEY)
     if not isinstance(subtree, dict):

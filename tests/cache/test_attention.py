@@ -151,3 +151,16 @@ def test_a_cache_of_fewer_layers_is_refused() -> None:
     model, other = llama(), LlamaConfig(**SMALL | {"num_hidden_layers": 1})
     with attention(model), pytest.raises(QuernelError, match="made for a model of 1 layers"):
         model(IDS, past_key_values=WindowCache(other, budget=8))
+
+
+def test_a_second_turn_outside_the_block_is_refused():
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    cache, ids = WindowCache(model.config, budget=16), torch.arange(1, 13)[None]
+    with attention(model):
+        model(ids, past_key_values=cache)
+    with pytest.raises(QuernelError, match="run the model inside"):
+        model(ids[:, :5], past_key_values=cache)
+    # Another block that is open does not make it right, but what was held is still there for the first model.
+    with attention(model):
+        model(ids[:, :5], past_key_values=cache)
+    assert cache.get_seq_length() == 17

@@ -7,6 +7,7 @@ returns what it answers.  Keys without a mark (no cache, or a cache of transform
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ NAME = "quernel"
 _MARK = "_quernel_layer"
 # What some models ask of their attention and the caches do not compute.
 _REFUSED = ("softcap", "sliding_window", "position_bias", "s_aux")
+# Models inside the block now; threads that generate share it with the one that entered.
+_inside: list[Any] = []
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -64,10 +68,23 @@ def attention(model: Any) -> Iterator[None]:
         raise QuernelError(
             f"{type(model).__name__} does not let its attention be chosen, so no cache can see its queries"
         )
+    with _lock:
+        _inside.append(model)
     try:
         yield
     finally:
+        with _lock:
+            _inside.remove(model)
         model.set_attn_implementation(before)
+
+
+def check_inside() -> None:
+    """Raise unless some model is inside the block: one outside would attend to its new tokens alone."""
+    if not _inside:
+        raise QuernelError(
+            "the attention function never asked this cache, so earlier tokens would be missing; run the model "
+            "inside `with quernel.cache.attention(model):`"
+        )
 
 
 def marked(key: Tensor, layer: CacheLayer) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from quernel._errors import QuernelError
 from quernel._validate import check_int
+from quernel.cache._attention import check_inside
 from quernel.cache._bitmap_intrinsics import TILE
 from quernel.cache._layer import CacheLayer, CacheRow
 from quernel.cache.pruning import kept_channels
@@ -90,6 +91,8 @@ class Cache(TransformersCache, ABC):
                 f"this cache was made for a model of {len(self.layers)} layers; layer {layer_idx + 1} of another asks. "
                 "Make it with that model's config"
             )
+        if self.layers[layer_idx].get_seq_length():
+            check_inside()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @abstractmethod

@@ -82,6 +82,8 @@ class Ragged:
         if shape is not None and 0 not in shape:
             # All of one size: checked at once.
             n, size, width = shape
+            if width != dim:
+                raise QuernelError(f"{name} must have shape (n, size, {dim}); got {shape}")
             rows = _checked(name, as_array(lists).reshape(n * size, width), dim)
             return cls(size * np.arange(n + 1, dtype=np.int64), rows)
         arrays = [_checked(f"{name}[{i}]", one, dim) for i, one in enumerate(lists)]
