@@ -1,4 +1,4 @@
-"""Every script in ``examples`` runs on data that comes with scikit-learn, and ends in a picture with something in it."""
+"""Every script in ``examples`` runs on data that comes with scikit-learn, and ends in a picture of something."""
 
 import os
 import subprocess

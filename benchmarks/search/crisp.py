@@ -1,10 +1,10 @@
 """Chamfer search: pooled against unpooled texts, against sentence-transformers' maxsim, and candidates against all.
 
-Pooled texts are the clusters of the unpooled ones. Texts are generated: 1,000 topics, 20 fields of 60 topics each, a text draws its vectors from six topics of one field
-and a query from four of those of one text, all with noise; so the ten best of a query are those few of its field that
-share three or four topics with it, among many that share two. The peer gets padded arrays without a mask, its fastest
-layout, in float32 and in bfloat16, which rounds its scores to eight bits. The approximate search is not timed below a
-recall of 0.95.
+Pooled texts are the clusters of the unpooled ones. Texts are generated: 1,000 topics, 20 fields of 60 topics each, a
+text draws its vectors from six topics of one field and a query from four of those of one text, all with noise; so the
+ten best of a query are those few of its field that share three or four topics with it, among many that share two. The
+peer gets padded arrays without a mask, its fastest layout, in float32 and in bfloat16, which rounds its scores to eight
+bits. The approximate search is not timed below a recall of 0.95.
 """
 
 from __future__ import annotations
