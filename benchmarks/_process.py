@@ -10,6 +10,9 @@ The child is ``python -m benchmarks._process``; what a benchmark prints there go
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -87,6 +90,14 @@ def resident_bytes(field: str = "VmRSS") -> int:
     """Return the resident memory of this process, or with ``"VmHWM"`` the most that it ever was."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def settled_bytes() -> int:
+    """Return the resident memory of this process without what is free but still held by the allocator."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # only the GNU library's allocator has it
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes()
 
 
 class IsolatedSubject:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks._process import ProcessFailed, in_fresh_process
+from benchmarks._process import ProcessFailed, in_fresh_process, resident_bytes
 from quernel._threads import workspace_bytes
 from quernel._timing import loaded
 
@@ -61,11 +61,11 @@ def measure_memory(name: str, side: int) -> float:
     """Return the mebibytes that a forward pass needs for a while; runs in a process of its own, under ``ALLOCATOR``."""
     mixer, x = _prepared(name, side)
     mixer(x)
-    before = _resident()
+    before = resident_bytes()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     mixer(x)
     # What a mixer keeps between calls has been there before; it needs that too.
-    return (max(_resident("VmHWM") - before, 0) + workspace_bytes()) / 2**20
+    return (max(resident_bytes("VmHWM") - before, 0) + workspace_bytes()) / 2**20
 
 
 def _prepared(name: str, side: int) -> tuple[Any, Any]:
@@ -81,11 +81,6 @@ def _prepared(name: str, side: int) -> tuple[Any, Any]:
     torch.manual_seed(0)
     mixer = getattr(nn, name)(DIM, **options).eval()
     return mixer, torch.randn(1, side * side, DIM) if name in SEQUENCES else torch.randn(1, side, side, DIM)
-
-
-def _resident(field: str = "VmRSS") -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 def main() -> int:

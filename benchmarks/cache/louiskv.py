@@ -9,8 +9,6 @@ steps, short rows of ours from a copy, which ours pays for.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import itertools
 from functools import partial
 from types import SimpleNamespace
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks._process import in_fresh_process, resident_bytes
+from benchmarks._process import in_fresh_process, settled_bytes
 from benchmarks._runner import Case
 
 HEADS, KEY_HEADS, DIM, BUDGET = 32, 8, 128, 1024
@@ -172,13 +170,6 @@ def bytes_bound(s: SimpleNamespace, threads: int) -> float:
     return 10 * (held + turn) / (BYTES * threads) * 1e3
 
 
-def resident_mb() -> float:
-    """Return the resident memory of this process, less what is free already but still held by the allocator."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return resident_bytes() / 2**20
-
-
 @torch.inference_mode()
 def grown_mb(kind: str) -> float:
     """Return by how many MB the process grew through a row of LONG tokens and fifty steps; runs in a fresh process."""
@@ -191,14 +182,14 @@ def grown_mb(kind: str) -> float:
         packed(stream[t], keys, values)
         first.step(stream[t], keys[:, t : t + 1], values[:, t : t + 1], SCALE)
     del first
-    before = resident_mb()
+    before = settled_bytes() / 2**20
     if kind == "dense":
         held = torch.empty(2, KEY_HEADS, LONG, DIM)
         for at in range(0, LONG, part):
             held[0, :, at : at + part], held[1, :, at : at + part] = keys[:, :part], values[:, :part]
         for t in range(50):
             packed(stream[t], held[0], held[1])
-        return resident_mb() - before
+        return settled_bytes() / 2**20 - before
     row = make_row(keys, values, storage="memmap", pool_dtype="bfloat16", dense_below=0)
     draw = torch.Generator().manual_seed(3)
     for _ in range(0, LONG, part):
@@ -208,7 +199,7 @@ def grown_mb(kind: str) -> float:
         row.step(stream[t], keys[:, t : t + 1], values[:, t : t + 1], SCALE)
     if row.tokens != LONG + 50:
         raise ValueError(f"the row holds {row.tokens} tokens")
-    return resident_mb() - before
+    return settled_bytes() / 2**20 - before
 
 
 @torch.inference_mode()

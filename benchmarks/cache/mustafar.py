@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks._machine import DRAM_BYTES
-from benchmarks._process import in_fresh_process, resident_bytes
+from benchmarks._process import in_fresh_process, settled_bytes
 from benchmarks._runner import Case
 from quernel.cache import BitmapRows
 from quernel.cache._bitmap_attention import attend
@@ -165,9 +165,9 @@ def filled(tokens: int, sparsity: float, dtype: str, heads: int, dim: int) -> Mu
 def bytes_resident(tokens: int, sparsity: float, dtype: str, layers: int, heads: int, dim: int) -> list[int]:
     """Return the growth of this process's memory by ``layers`` rows, and what they say they hold."""
     filled(2 * BLOCK + WINDOW, sparsity, dtype, heads, dim)  # compiles
-    before = resident_bytes()
+    before = settled_bytes()
     held = [filled(tokens, sparsity, dtype, heads, dim) for _ in range(layers)]
-    return [resident_bytes() - before, sum(row.nbytes for row in held)]
+    return [settled_bytes() - before, sum(row.nbytes for row in held)]
 
 
 def takes_few_bytes(s: SimpleNamespace) -> None:
