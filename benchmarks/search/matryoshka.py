@@ -1,9 +1,10 @@
-"""FunnelIndex (32 of 384 numbers, 200 kept) against faiss, exact and by the same two stages, on real sentence vectors.
+"""FunnelIndex (64 of 384 numbers, 400 kept) against faiss, exact and by the same two stages, on real sentence vectors.
 
 Over 70,000 MiniLM vectors of sentences through a linear adapter, which is trained and kept on the first run (minutes,
 most of them for encoding); 1,000 other sentences ask, one at a time or a hundred. faiss runs in a process of its own
 with the same number of threads and the faster of its two ways. The peer of two stages cuts, normalises and scans in
-faiss and refines with whole vectors, so it finds what ours finds.
+faiss and refines with whole vectors, so it finds what ours finds. 32 numbers and 200 kept, the usual choice, find 0.81
+of the ten nearest here (see the claims), which is no search to be timed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks._process import ROOT, load_file
 from benchmarks._runner import Case, Isolated
 from quernel.data import cache_folder
 
-DIM, SHORT, KEPT, K, RECALL = 384, 32, 200, 10, 0.97
+DIM, SHORT, KEPT, K, RECALL = 384, 64, 400, 10, 0.97
 # The settings that decide the vectors: those of the reproduction, with its first seed.
 VERSION, PAIRS, EPOCHS, BATCH = 1, 30_000, 5, 512
 # A core: float32 multiply-adds twice a second, bytes from the third-level cache and from memory.
