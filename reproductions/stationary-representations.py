@@ -6,6 +6,10 @@ classes are asked for and held, whatever a version was trained on.  AC and AA ar
 
 Fine-tuning on two new classes at a time with 20 images a class forgets more than most upgrades win, so AC stays near 0
 there; ``regime`` looks for the first of three easier settings where it does not, on validation images.
+
+``collapse`` is not reached because cross-entropy on raw features is nearly 0 long before: after 10 epochs the loss is
+0.002 and features grow in length (17, then 22) while the variance within classes stays at 0.28 of that between them.
+SGD with a weight decay of 5e-4 or 5e-3 for 60 epochs ends at 0.21 and class means as far from the corners.
 """
 
 from __future__ import annotations

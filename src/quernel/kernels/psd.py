@@ -64,7 +64,7 @@ def matrix_entropy(a: Tensor) -> Tensor:
     >>> round(float(matrix_entropy(torch.eye(4) / 4).exp()), 6)
     4.0
     """
-    result: Tensor = _Entropy.apply(_square("a", a))  # type: ignore[no-untyped-call]
+    result: Tensor = _Entropy.apply(_square("a", a))[0]  # type: ignore[no-untyped-call]
     return result
 
 
