@@ -1,15 +1,19 @@
-"""Late interaction over a frozen MiniLM: token states of a collection, kept once; a linear head; NDCG.
+"""Late interaction over MiniLM: token states of a collection, kept once; its last layers and a linear head; NDCG.
 
-A text is its tokens' last hidden states, special tokens included, projected from 384 to 128 numbers and normalised.
-Only the projection is trained, on pairs of a training query and one of its relevant documents with the other documents
-of the batch as negatives; a document that is relevant to two queries of a batch is not put into it. Half the queries
+A text is its tokens' hidden states, special tokens included, projected from 384 to 128 numbers and normalised. With
+``depth`` 0 the trunk is frozen; with depth 2 its last two layers are trained as well, from the states before them.
+What is trained is trained on pairs of a training query and one of its relevant documents with the other documents of
+the batch as negatives; a document that is relevant to two queries of a batch is not put into it. Half the queries
 train, the other half judges. Learning rates are chosen for every arm alike: on a third of the training queries, held
 back once with a seed of its own.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +35,9 @@ from quernel.train import CrispLoss
 
 IN, OUT, MAX_TOKENS = 384, 128, 256
 BATCH, BASE_STEPS, STEPS = 24, 200, 150
-RATES = (3e-4, 1e-3, 3e-3)
+# Rates of the head that are tried for a depth, and the rate of the layers in terms of it.
+RATES = {0: (3e-4, 1e-3, 3e-3), 2: (3e-4, 1e-3)}
+LAYERS_SHARE = 0.1
 TUNING_SEED, TUNING_DOCUMENTS = 99, 3000
 TEMPERATURE = 0.05
 # Texts encoded, projected or pooled together.
@@ -43,30 +49,38 @@ Texts = list[Tensor]
 
 @dataclass(frozen=True)
 class Collection:
-    """Token states (n_i, 384) in float16 of documents and queries, and the relevant documents of each query."""
+    """Token states (n_i, 384) in float16 of documents and queries, and the relevant documents of each query.
+
+    The states are those before the last ``depth`` layers.
+    """
 
     documents: Texts
     queries: Texts
     relevant: tuple[np.ndarray, ...]
+    depth: int = 0
 
 
 @functools.cache
-def collection(name: str) -> Collection:
+def collection(name: str, depth: int = 0) -> Collection:
     """Return a collection; its states are computed once (a minute or two) and kept in the cache folder."""
     held = data.load(name)
-    file = cache_folder() / "reproductions" / f"minilm-tokens-{name}-{MAX_TOKENS}.safetensors"
+    file = (
+        cache_folder()
+        / "reproductions"
+        / f"minilm-tokens-{name}-{MAX_TOKENS}{f'-before-{depth}' * bool(depth)}.safetensors"
+    )
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(f".{os.getpid()}.tmp")
-        safetensors.torch.save_file(encoded(held), scratch)
+        safetensors.torch.save_file(encoded(held, depth), scratch)
         os.replace(scratch, file)
     stored = safetensors.torch.load_file(file)
     parts = {part: list(stored[part].split(stored[f"{part}_sizes"].tolist())) for part in ("documents", "queries")}
-    return Collection(parts["documents"], parts["queries"], held.relevant)
+    return Collection(parts["documents"], parts["queries"], held.relevant, depth)
 
 
 @torch.no_grad()
-def encoded(held: data.Retrieval) -> dict[str, Tensor]:
+def encoded(held: data.Retrieval, depth: int) -> dict[str, Tensor]:
     """Return the token states of documents and queries, one after the other, and how many each has."""
     model = MiniLM.load_pretrained()
     model.max_length = MAX_TOKENS
@@ -78,7 +92,7 @@ def encoded(held: data.Retrieval) -> dict[str, Tensor]:
         for first in range(0, len(order), GROUP):
             chosen = order[first : first + GROUP]
             batch = model.tokenize([texts[i] for i in chosen])
-            hidden = model.encoder(**batch).last_hidden_state
+            hidden = model.encoder(**batch, output_hidden_states=True).hidden_states[-1 - depth]
             for i, one, mask in zip(chosen, hidden, batch["attention_mask"], strict=True):
                 states[i] = one[mask.bool()].half()
         found[part] = torch.cat(states)
@@ -86,13 +100,23 @@ def encoded(held: data.Retrieval) -> dict[str, Tensor]:
     return found
 
 
-class Head(nn.Linear):
-    """Project token states and normalise them, called as a multi-vector model is."""
+class Encoder(nn.Module):
+    """Run the last layers of MiniLM, project the token states and normalise them, called as a multi-vector model is."""
 
-    def forward(self, features: dict[str, Any], task: str) -> dict[str, Any]:  # type: ignore[override]
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        layers = MiniLM.load_pretrained().encoder.encoder.layer[-depth:] if depth else []
+        # In eval mode, as they come: no dropout.
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers).eval()
+        self.head = nn.Linear(IN, OUT, bias=False)
+
+    def forward(self, features: dict[str, Any], task: str) -> dict[str, Any]:
         """Return features with the projected states."""
-        x = super().forward(features["token_embeddings"])
-        return features | {"token_embeddings": F.normalize(x, dim=-1)}
+        x = features["token_embeddings"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=len(self.layers) > 0):
+            for layer in self.layers:
+                x = layer(x, features["attention_mask"][:, None, None, :])
+        return features | {"token_embeddings": F.normalize(self.head(x.float()), dim=-1)}
 
 
 def padded(texts: Texts) -> dict[str, Tensor]:
@@ -134,30 +158,33 @@ def batch_of(held: Collection, queries: np.ndarray, draw: np.random.Generator) -
 
 
 def train(
-    held: Collection, queries: np.ndarray, seed: int, rate: float, steps: int, pool: Pool | None, start: Head | None
-) -> Head:
-    """Train a head from the start given, or from an orthogonal one, with a linear decay of the rate."""
-    head = Head(IN, OUT, bias=False)
+    held: Collection, queries: np.ndarray, seed: int, rate: float, steps: int, pool: Pool | None, start: Encoder | None
+) -> Encoder:
+    """Train an encoder from the start given, or from an orthogonal head, with a linear decay of the rates."""
+    model = Encoder(held.depth)
     if start is None:
-        nn.init.orthogonal_(head.weight, generator=torch.Generator().manual_seed(seed))
+        nn.init.orthogonal_(model.head.weight, generator=torch.Generator().manual_seed(seed))
     else:
-        head.load_state_dict(start.state_dict())
-    loss = CrispLoss(head, pool, temperature=TEMPERATURE)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.01)
+        model.load_state_dict(start.state_dict())
+    loss = CrispLoss(model, pool, temperature=TEMPERATURE)
+    groups = [{"params": model.head.parameters(), "most": rate}]
+    if held.depth:
+        groups.append({"params": model.layers.parameters(), "most": rate * LAYERS_SHARE})
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.01)
     draw = np.random.default_rng(seed)
     for step in range(steps):
         asked, documents = batch_of(held, queries, draw)
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / steps)
+            group["lr"] = group["most"] * (1 - step / steps)
         value = loss([padded([held.queries[i] for i in asked]), padded([held.documents[i] for i in documents])])
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-    return head
+    return model
 
 
 @torch.no_grad()
-def vectors(head: Head, texts: Texts, task: str, pool: Pool | None) -> list[np.ndarray]:
+def vectors(head: Encoder, texts: Texts, task: str, pool: Pool | None) -> list[np.ndarray]:
     """Return the vectors of every text."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: list[np.ndarray] = [np.empty(0)] * len(texts)
@@ -185,7 +212,7 @@ def ndcg(held: Collection, index: MultiVectorIndex, asked: list[np.ndarray], que
     return 100 * float(np.mean(values))
 
 
-def judged(held: Collection, head: Head, queries: np.ndarray, pool: Pool | None) -> float:
+def judged(held: Collection, head: Encoder, queries: np.ndarray, pool: Pool | None) -> float:
     """Return the NDCG@10 of a head with a pooling on these queries over all documents."""
     asked = vectors(head, [held.queries[q] for q in queries], "query", pool)
     return ndcg(held, built(vectors(head, held.documents, "document", pool)), asked, queries)
@@ -201,6 +228,7 @@ def fewer(held: Collection, queries: np.ndarray, count: int) -> Collection:
         [held.documents[i] for i in kept],
         [held.queries[q] for q in queries],
         tuple(np.searchsorted(kept, held.relevant[q]) for q in queries),
+        held.depth,
     )
 
 
@@ -213,37 +241,71 @@ ARMS: dict[str, Pool | None] = {
 
 
 @functools.cache
-def tuned(name: str) -> dict[str, float]:
+def tuned(name: str, depth: int = 0) -> dict[str, float]:
     """Return the learning rate of the base and of each arm, by NDCG@10 with its own pooling on held-back queries."""
-    held = collection(name)
+    held = collection(name, depth)
     queries = split(held, TUNING_SEED)[0]
     learned = queries[len(queries) // 3 :]
     judging = fewer(held, queries[: len(queries) // 3], TUNING_DOCUMENTS)
     every = np.arange(len(judging.queries))
 
-    def best(steps: int, pool: Pool | None, start: Head | None) -> tuple[float, Head]:
-        found = {rate: train(held, learned, TUNING_SEED, rate, steps, pool, start) for rate in RATES}
-        rate = max(RATES, key=lambda rate: judged(judging, found[rate], every, pool))
+    def best(part: str, steps: int, pool: Pool | None, start: Encoder | None) -> tuple[float, Encoder]:
+        recipe = {"of": name, "depth": depth, "part": part, "seed": TUNING_SEED, "steps": steps}
+        found = {
+            rate: kept(
+                recipe | {"rate": rate},
+                depth,
+                lambda rate=rate: train(held, learned, TUNING_SEED, rate, steps, pool, start),
+            )
+            for rate in RATES[depth]
+        }
+        rate = max(RATES[depth], key=lambda rate: judged(judging, found[rate], every, pool))
         return rate, found[rate]
 
     rates = {}
-    rates["base"], start = best(BASE_STEPS, None, None)
+    rates["base"], start = best("base", BASE_STEPS, None, None)
     for arm, pool in ARMS.items():
-        rates[arm], _ = best(STEPS, pool, start)
+        rates[arm], _ = best(arm, STEPS, pool, start)
     return rates
 
 
 @functools.cache
-def heads(name: str, seed: int) -> dict[str, Head]:
-    """Return the head of every arm: all start from one that was trained without pooling and take as many steps more."""
-    held, rates = collection(name), tuned(name)
+def heads(name: str, seed: int, depth: int = 0) -> dict[str, Encoder]:
+    """Return the encoder of every arm: all start from one trained without pooling and take as many steps more."""
+    held, rates = collection(name, depth), tuned(name, depth)
     queries = split(held, seed)[0]
-    base = train(held, queries, seed, rates["base"], BASE_STEPS, None, None)
-    return {arm: train(held, queries, seed + 1000, rates[arm], STEPS, pool, base) for arm, pool in ARMS.items()}
+    recipe = {"of": name, "depth": depth, "seed": seed, "steps": [BASE_STEPS, STEPS], "base": rates["base"]}
+    base = kept(
+        recipe | {"part": "base"}, depth, lambda: train(held, queries, seed, rates["base"], BASE_STEPS, None, None)
+    )
+    return {
+        arm: kept(
+            recipe | {"part": arm, "rate": rates[arm]},
+            depth,
+            lambda arm=arm, pool=pool: train(held, queries, seed + 1000, rates[arm], STEPS, pool, base),
+        )
+        for arm, pool in ARMS.items()
+    }
+
+
+def kept(recipe: dict[str, Any], depth: int, made: Callable[[], Encoder]) -> Encoder:
+    """Return the encoder of a recipe, from the cache folder or trained now."""
+    version = {"version": 1, "batch": BATCH, "tokens": MAX_TOKENS, "share": LAYERS_SHARE, "temperature": TEMPERATURE}
+    key = hashlib.sha256(json.dumps(version | recipe, sort_keys=True).encode()).hexdigest()[:16]
+    file = cache_folder() / "reproductions" / f"crisp-{recipe['of']}-{depth}-{recipe['part']}-{key}.safetensors"
+    if file.is_file():
+        model = Encoder(depth)
+        model.load_state_dict(safetensors.torch.load_file(file))
+        return model
+    model = made()
+    scratch = file.with_suffix(f".{os.getpid()}.tmp")
+    safetensors.torch.save_file(model.state_dict(), scratch)
+    os.replace(scratch, file)
+    return model
 
 
 @torch.no_grad()
-def spread_within(held: Collection, head: Head, k: int) -> float:
+def spread_within(held: Collection, head: Encoder, k: int) -> float:
     """Return the mean share of a document's variance of token vectors that is left within k clusters."""
     shares = []
     long = sorted((one for one in held.documents if len(one) > k), key=len)

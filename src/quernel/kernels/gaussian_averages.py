@@ -92,10 +92,9 @@ def gaussian_product_average(f: Function, g: Function, left: Tensor, right: Tens
     radii, radial = _radius()
     flat = [part.reshape(-1) for part in (left, right, cross)]
     rows = max(1, _BLOCK // (len(radii) * 4 * _ARC_NODES))
-    parts = [
-        _polar(f, g, *block, radii.to(cross.device), radial.to(cross.device))
-        for block in zip(*(part.split(rows) for part in flat), strict=True)
-    ]
+    nodes, weights = radii.to(cross.device), radial.to(cross.device)
+    blocks = zip(*(part.split(rows) for part in flat), strict=True)
+    parts = [_polar(f, g, a, b, c, nodes, weights) for a, b, c in blocks]
     return torch.cat(parts).reshape(shape) if parts else cross.new_zeros(shape)
 
 
