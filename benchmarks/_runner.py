@@ -51,6 +51,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks._peers import peer_python
 from benchmarks._process import IsolatedSubject, ProcessFailed, in_fresh_process, load_file
 from quernel import _timing
 
@@ -74,12 +75,15 @@ class Isolated:
         What it is called with.
     file : str, optional
         Another file, relative to the benchmark's folder.
+    requires : tuple of str
+        What pip shall put over the running environment for it; see ``benchmarks._peers``.
     """
 
-    def __init__(self, function: str, *args: Any, file: str | None = None) -> None:
+    def __init__(self, function: str, *args: Any, file: str | None = None, requires: tuple[str, ...] = ()) -> None:
         self.function = function
         self.args = args
         self.file = file
+        self.requires = requires
 
 
 Peer = Callable[[Any], Any] | Isolated
@@ -272,7 +276,8 @@ def _prepared(file: Path, peer: Peer, state: Any, n: int, stack: contextlib.Exit
         return lambda: peer(state)
     try:
         other = file if peer.file is None else file.parent / peer.file
-        return stack.enter_context(IsolatedSubject(other, peer.function, *peer.args, threads=n))
+        python = peer_python(*peer.requires) if peer.requires else None
+        return stack.enter_context(IsolatedSubject(other, peer.function, *peer.args, threads=n, python=python))
     except ProcessFailed as error:
         if error.kind == "Unavailable":
             raise Unavailable(str(error)) from error

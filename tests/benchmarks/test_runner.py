@@ -1,13 +1,16 @@
 """The benchmark runner on a toy benchmark: gate first, JSON, targets, refusal, isolated peers, results files."""
 
+import contextlib
 import json
 import os
+import sys
 import textwrap
 
 import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks import _runner
+from benchmarks._peers import PeerUnavailable
 from benchmarks._process import IsolatedSubject, ProcessFailed, in_fresh_process, resident_bytes
 from benchmarks._runner import Case, Isolated, Unavailable
 from quernel import _timing
@@ -228,6 +231,26 @@ def test_an_isolated_subject_times_there(toy):
         assert subject.sample(10) > 0
         assert subject.sample(2000) > subject.sample(10)
         assert subject.cpu_seconds() > 0
+
+
+def test_an_isolated_peer_gets_the_python_that_has_what_it_requires(toy, monkeypatch):
+    asked = []
+
+    def layered(*requirements):
+        asked.extend(requirements)
+        if "missing==1" in requirements:
+            raise PeerUnavailable("missing==1 cannot be installed")
+        return sys.executable
+
+    monkeypatch.setattr(_runner, "peer_python", layered)
+    with contextlib.ExitStack() as stack:
+        subject = _runner._prepared(toy, Isolated("prepare", 10, requires=("some==1", "other==2")), None, 1, stack)
+        assert subject.sample(3) > 0
+        assert asked == ["some==1", "other==2"]
+        _runner._prepared(toy, Isolated("prepare", 10), None, 1, stack)
+        assert len(asked) == 2
+        with pytest.raises(ImportError, match="cannot be installed"):
+            _runner._prepared(toy, Isolated("prepare", 10, requires=("missing==1",)), None, 1, stack)
 
 
 def test_cold_start(toy):

@@ -1,0 +1,102 @@
+"""DesignRegressor: which labels it asks for and that it reads no others, the pool's solution, what it refuses."""
+
+import copy
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_diabetes
+from sklearn.linear_model import LinearRegression, Ridge
+from sklearn.preprocessing import PolynomialFeatures
+
+import quernel
+from quernel._errors import QuernelError
+from quernel.kernels import DesignRegressor, RandomFourierFeatures
+from quernel.testing import require_mean
+
+
+def diabetes():
+    return load_diabetes(return_X_y=True)
+
+
+@pytest.mark.parametrize("method", ["dpp_repeat", "volume", "iid"])
+def test_labels_of_other_rows_are_not_read(method):
+    x, y = diabetes()
+    model = DesignRegressor(method=method, random_state=0)
+    rows = model.query(x)
+    assert (np.diff(rows) > 0).all() and len(rows) <= 22 and model.query(x).tolist() == rows.tolist()
+    wrong = np.full(len(y), 1e6)
+    wrong[rows] = y[rows]
+    few = model.fit(x, y[rows]).predict(x)
+    np.testing.assert_array_equal(few, DesignRegressor(method=method, random_state=0).fit(x, wrong).predict(x))
+    np.testing.assert_array_equal(model.indices_, rows)
+    assert model.rank_ == 11 and model.unbiased_ == (method == "volume")
+
+
+def test_the_mean_over_draws_is_the_whole_pool_s_solution():
+    x, y = diabetes()
+    for alpha in (0.0, 0.5):
+        rng = np.random.default_rng(0)
+        # The generator goes on from one to the next.
+        models = [DesignRegressor(method="volume", alpha=alpha, random_state=rng) for _ in range(150)]
+        found = [model.fit(x, y).coef_[0] for model in models]
+        require_mean(found, (Ridge(alpha) if alpha else LinearRegression()).fit(x, y).coef_)
+
+
+def test_targets_in_the_span_come_back_from_as_many_labels_as_features():
+    x, _ = diabetes()
+    features = PolynomialFeatures(2, include_bias=False)
+    c = np.random.default_rng(0).standard_normal((65, 2))
+    y = features.fit_transform(x) @ c + [3.0, -1.0]
+    model = DesignRegressor(features, budget=1.0, random_state=0)
+    rows = model.query(x)
+    np.testing.assert_allclose(model.fit(x, y[rows]).predict(x), y, atol=1e-6)
+    assert len(rows) == model.rank_ <= 66
+
+
+def test_a_pool_of_fewer_rows_than_features_needs_a_penalty():
+    x, y = diabetes()
+    features = RandomFourierFeatures(128, random_state=0)
+    with pytest.raises(QuernelError, match="m must not exceed N"):
+        DesignRegressor(features, random_state=0).query(x[:60])
+    model = DesignRegressor(features, alpha=1.0, random_state=0)
+    rows = model.query(x[:60])
+    assert len(rows) <= 60 and rows.max() < 60
+    assert np.isfinite(model.fit(x[:60], y[rows]).predict(x)).all()
+
+
+def test_labels_may_come_after_a_query_without_a_seed():
+    x, y = diabetes()
+    model = DesignRegressor()
+    rows = model.query(x)
+    assert model.fit(x, y[rows]).indices_.tolist() == rows.tolist()
+    with pytest.raises(QuernelError, match=r"Call query\(X\) first"):
+        DesignRegressor().fit(x, y[rows])
+    with pytest.raises(QuernelError, match="inconsistent numbers of samples"):
+        DesignRegressor(random_state=0).fit(x, y[rows][:-1])
+    other = copy.deepcopy(model)
+    np.testing.assert_array_equal(other.predict(x), model.predict(x))
+    with pytest.raises(QuernelError, match=r"Call query\(X\) first"):
+        other.fit(x, y[rows])
+
+
+def test_saved_with_its_features(tmp_path):
+    x, y = diabetes()
+    model = DesignRegressor(RandomFourierFeatures(16, random_state=0), delta=0.95, random_state=0).fit(x, y)
+    np.testing.assert_array_equal(quernel.load(model.save(tmp_path / "m")).predict(x), model.predict(x))
+    assert model.gram_min_ >= 0.05
+
+
+def test_bad_arguments_are_named():
+    x, y = diabetes()
+    for options, message in (
+        ({"budget": 5, "method": "volume"}, "n must be at least the number of functions, 11"),
+        ({"budget": 0}, "budget must be"),
+        ({"budget": -1.0}, "budget must be"),
+        ({"method": "greedy"}, "method must be one of"),
+        ({"delta": 0}, "delta must be"),
+        ({"alpha": -1.0}, "alpha must be"),
+        ({"fit_intercept": 1}, "fit_intercept must be"),
+        ({"base_features": "rbf"}, "base_features must be a transformer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DesignRegressor(**options).fit(x, y)
