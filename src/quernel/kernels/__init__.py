@@ -43,6 +43,7 @@ __getattr__, __dir__, __all__ = attach(
         "matrix_entropy": ".psd",
         "nearest_psd": ".psd",
         "psd_eigenvalues": ".psd",
+        "quantum": ".quantum",
         "ridge_projector": ".psd",
         "simplex_qp": ".psd",
         "solve_kernel_ridge": ".ridge",

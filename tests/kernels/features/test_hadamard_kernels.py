@@ -12,7 +12,7 @@ from scipy import linalg
 
 from quernel._timing import threads
 from quernel.kernels.features import hadamard, hadamard_directions
-from quernel.kernels.features._hadamard_kernels import project_rows, transform_rows
+from quernel.kernels.features._hadamard_kernels import project_rows, transform_complex_rows, transform_rows
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 SINGLE = 3e-6  # float32 sums of up to 2,048 terms, relative to their square root
@@ -91,16 +91,22 @@ def test_gradients_of_both_paths_agree():
 
 
 SCRIPT = """
-import hashlib, torch
-from quernel.kernels.features import hadamard
-from tests.kernels.features.test_hadamard_kernels import arguments
-print(hashlib.sha256(hadamard._project_cpu(*arguments()).numpy().tobytes()).hexdigest())
+from tests.kernels.features.test_hadamard_kernels import digest
+print(digest())
 """
+
+
+def digest():
+    """Return what all kernels gave, as one number."""
+    x, signs, scale = arguments()
+    both = torch.complex(x[:, :64], x[:, 32:96])
+    made = hadamard._project_cpu(x, signs, scale), hadamard.walsh_hadamard(x[:, :64]), hadamard.walsh_hadamard(both)
+    return hashlib.sha256(b"".join(one.numpy().tobytes() for one in made)).hexdigest()
 
 
 @pytest.mark.slow
 def test_the_portable_path_gives_the_same_bits(repository):
-    wanted = hashlib.sha256(hadamard._project_cpu(*arguments()).numpy().tobytes()).hexdigest()
+    wanted = digest()
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         env={**os.environ, "QUERNEL_PORTABLE": "1"},
@@ -110,3 +116,32 @@ def test_the_portable_path_gives_the_same_bits(repository):
         check=True,
     )
     assert done.stdout.split() == [wanted]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_complex_rows_have_the_bits_of_two_real_ones(size):
+    draw = torch.Generator().manual_seed(size)
+    x = torch.randn(40, size, dtype=torch.complex64, generator=draw)
+    got = hadamard.walsh_hadamard(x)
+    assert torch.equal(got.real, hadamard.walsh_hadamard(x.real.contiguous()))
+    assert torch.equal(got.imag, hadamard.walsh_hadamard(x.imag.contiguous()))
+    for count in (1, 2):
+        with threads(count):
+            assert torch.equal(hadamard.walsh_hadamard(x), got)
+
+
+def test_only_the_range_of_complex_rows_is_written():
+    out = np.full((4, 32), np.nan, np.float32)
+    transform_complex_rows(np.ones((4, 32), np.float32), out, 1, 3)
+    assert np.isnan(out[[0, 3]]).all() and np.isfinite(out[1:3]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_the_op_is_well_formed_on_complex_rows(dtype):
+    x = torch.randn(3, 8, dtype=dtype, requires_grad=True)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(hadamard._transform_op, (x,), test_utils=utils)
+    if dtype is torch.complex128:
+        assert torch.autograd.gradcheck(hadamard.walsh_hadamard, (x,))
+        matrix = torch.from_numpy(linalg.hadamard(8)).to(dtype)
+        torch.testing.assert_close(hadamard.walsh_hadamard(x), x @ matrix, rtol=1e-13, atol=1e-13)

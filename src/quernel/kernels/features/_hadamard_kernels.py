@@ -1,7 +1,8 @@
 """Walsh-Hadamard transforms of float32 rows in the first-level cache, 16 lanes at a time.
 
 A row of d = 16 n floats is n vectors. Four steps act inside a vector (a shuffle and a multiply by +-1 that is fused
-with the sum, exact either way), the others add and subtract whole vectors, up to three steps a pass over the row.
+with the sum, exact either way), the others add and subtract whole vectors, up to three steps a pass over the row. A row
+of complex numbers is one of twice as many floats, without the first step, which would mix real and imaginary parts.
 The sums are the same, in the same order, whatever the processor. Cost: d log2(d) additions, about 1 us for d = 1024.
 """
 
@@ -20,8 +21,8 @@ from quernel._intrinsics import F32, I64, LANES, Emitter, keyed
 _FASTMATH = False
 
 
-def _make_inner() -> Any:
-    """Return ``inner(address, count)``: transform each of ``count`` vectors of 16 floats in itself."""
+def _make_inner(bits: tuple[int, ...]) -> Any:
+    """Return ``inner(address, count)``: the steps ``bits`` inside each of ``count`` vectors of 16 floats."""
     row = ir.VectorType(F32, LANES)
 
     @intrinsic
@@ -33,7 +34,7 @@ def _make_inner() -> Any:
             def transform(index: Any) -> list[Any]:
                 place = e.offset(start, index, 64)
                 v = e.load(place, row, align=64)
-                for bit in (1, 2, 4, 8):
+                for bit in bits:
                     other = e.shuffle(v, v, [lane ^ bit for lane in range(LANES)])
                     sign = ir.Constant(row, [-1.0 if lane & bit else 1.0 for lane in range(LANES)])
                     v = e.fma(v, sign, other)
@@ -73,16 +74,19 @@ def _make_outer(bits: int) -> Any:
     return outer
 
 
-_inner = _make_inner()
+_inner, _inner_complex = _make_inner((1, 2, 4, 8)), _make_inner((2, 4, 8))
 _outer1, _outer2, _outer3 = (_make_outer(bits) for bits in (1, 2, 3))
 
 
 @njit(nogil=True, cache=True, fastmath=_FASTMATH)
 @keyed
-def _transform(row: Any, size: Any) -> None:
-    """Transform the first ``size`` floats, a power of two, of a 64-byte aligned array in place."""
+def _transform(row: Any, size: Any, pairs: Any) -> None:
+    """Transform the first ``size`` floats, a power of two, of a 64-byte aligned array in place.
+
+    With ``pairs`` they are complex numbers, real and imaginary parts in turn.
+    """
     if size < 16:
-        half = 1
+        half = 2 if pairs else 1
         while half < size:
             for i in range(size):
                 if not i & half:
@@ -92,7 +96,10 @@ def _transform(row: Any, size: Any) -> None:
         return
     address = row.ctypes.data
     vectors = size // 16
-    _inner(address, vectors)
+    if pairs:
+        _inner_complex(address, vectors)
+    else:
+        _inner(address, vectors)
     step = 1
     while step < vectors:
         group = min(8, vectors // step)
@@ -123,7 +130,19 @@ def transform_rows(x: Any, out: Any, start: Any, stop: Any) -> None:
     work = _aligned(size)
     for i in range(start, stop):
         work[:] = x[i]
-        _transform(work, size)
+        _transform(work, size, False)
+        out[i] = work
+
+
+@njit(nogil=True, cache=True, fastmath=_FASTMATH)
+@keyed
+def transform_complex_rows(x: Any, out: Any, start: Any, stop: Any) -> None:
+    """The same for rows of complex numbers, given as floats (n, 2 size)."""
+    size = x.shape[1]
+    work = _aligned(size)
+    for i in range(start, stop):
+        work[:] = x[i]
+        _transform(work, size, True)
         out[i] = work
 
 
@@ -141,18 +160,19 @@ def project_rows(x: Any, signs: Any, scale: Any, out: Any, start: Any, stop: Any
             for j in range(dim):
                 work[j] = x[i, j] * signs[block, 0, j]
             work[dim:] = 0.0
-            _transform(work, size)
+            _transform(work, size, False)
             for k in range(1, 3):
                 for j in range(size):
                     work[j] *= signs[block, k, j]
-                _transform(work, size)
+                _transform(work, size, False)
             first = block * size
             for j in range(min(size, m - first)):
                 out[i, first + j] = work[j] * scale[first + j]
 
 
 def _warmup() -> None:
-    """Compile both kernels; ``quernel warmup`` calls it."""
+    """Compile the kernels; ``quernel warmup`` calls it."""
     x = np.ones((1, 16), np.float32)
     transform_rows(x, np.empty_like(x), 0, 1)
+    transform_complex_rows(x, np.empty_like(x), 0, 1)
     project_rows(x, np.ones((1, 3, 16), np.float32), np.ones(16, np.float32), np.empty_like(x), 0, 1)

@@ -2,9 +2,9 @@
 
 A block of rows is sqrt(d) H D3 H D2 H D1 with H the orthonormal Hadamard matrix and D1..D3 random signs
 (arXiv 1610.09072): orthogonal rows that are close to Gaussian ones, scaled to Gaussian lengths. Stored are 3 d
-signs a block and n lengths instead of n d numbers. float32 rows on a CPU are transformed in its first-level cache by
-compiled passes (``_hadamard_kernels``), 1 us for d = 1024; everything else multiplies by two small Hadamard matrices,
-a Kronecker factorisation of the large one. Both are custom ops with gradients.
+signs a block and n lengths instead of n d numbers. float32 and complex64 rows on a CPU are transformed in its
+first-level cache by compiled passes (``_hadamard_kernels``), 1 us for d = 1024; everything else multiplies by two small
+Hadamard matrices, a Kronecker factorisation of the large one. Both are custom ops with gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quernel._errors import QuernelError
 from quernel._random import Seed, generator
 from quernel._threads import parallel_ranges
 from quernel._validate import check_int
-from quernel.kernels.features._hadamard_kernels import project_rows, transform_rows
+from quernel.kernels.features._hadamard_kernels import project_rows, transform_complex_rows, transform_rows
 from quernel.kernels.linalg import Array, as_tensor, like
 
 # Side of the largest Hadamard matrix that is multiplied as it is: products of 64 columns run near full speed.
@@ -140,24 +140,26 @@ def hadamard_projection(x: Array, signs: Array, lengths: Array) -> Array:
 
 
 def _transform(x: Tensor, normalized: bool) -> Tensor:
-    if x.is_complex():
-        pair = torch.view_as_real(x.resolve_conj()).movedim(-1, 0)
-        return torch.view_as_complex(_transform(pair, normalized).movedim(0, -1).contiguous())
-    y: Tensor = _transform_op(x.to(torch.promote_types(x.dtype, torch.float32)))
+    y: Tensor = _transform_op(x.resolve_conj().to(torch.promote_types(x.dtype, torch.float32)))
     return (y * x.shape[-1] ** -0.5 if normalized else y).to(x.dtype)
 
 
 def _transform_cpu(x: Tensor) -> Tensor:
-    if x.dtype is not torch.float32:
+    if x.dtype not in (torch.float32, torch.complex64):
         return _transform_plain(x)
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty_like(rows)
-    held = rows.numpy(), out.numpy()
-    parallel_ranges(lambda start, stop: transform_rows(*held, start, stop), len(rows), grain=_GRAIN)
+    held = [(torch.view_as_real(t).flatten(1) if t.is_complex() else t).numpy() for t in (rows, out)]
+    kernel = transform_complex_rows if x.is_complex() else transform_rows
+    parallel_ranges(lambda start, stop: kernel(*held, start, stop), len(rows), grain=_GRAIN)
     return out.reshape(x.shape)
 
 
 def _transform_plain(x: Tensor) -> Tensor:
+    if x.is_complex():
+        # A real matrix: two transforms cost half of what a complex product would.
+        pair = _transform_plain(torch.view_as_real(x).movedim(-1, 0))
+        return torch.view_as_complex(pair.movedim(0, -1).contiguous())
     return _multiply(x, _factors(x.shape[-1], x.dtype, x.device)).clone()
 
 
@@ -184,7 +186,7 @@ def _project_plain(x: Tensor, signs: Tensor, scale: Tensor) -> Tensor:
 
 
 def _transform_backward(ctx: Any, grad: Tensor) -> Tensor:
-    # The matrix is symmetric.
+    # The matrix is symmetric and real.
     return _transform_op(grad)
 
 
