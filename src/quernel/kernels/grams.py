@@ -58,11 +58,10 @@ def arc_cosine_gram(cross: Tensor, left: Tensor, right: Tensor, order: int = 1) 
     [[1.0, 0.3183], [0.3183, 1.0]]
     """
     _check(cross, left, right)
-    lengths = _lengths(left, right)
     if order == 0:
-        return _open_share(cross, lengths)
+        return _open_share(cross, _lengths(left, right))
     if order == 1:
-        result: Tensor = _ArcCosine.apply(cross, lengths)  # type: ignore[no-untyped-call]
+        result: Tensor = _ArcCosine.apply(cross, left, right)[0]  # type: ignore[no-untyped-call]
         return result
     raise QuernelError(f"order must be 0 or 1; got {order!r}")
 
@@ -111,25 +110,50 @@ def squared_exponential_gram(cross: Tensor, left: Tensor, right: Tensor) -> Tens
 
 
 class _ArcCosine(torch.autograd.Function):
-    """(p sin t + (pi - t) g) / pi with its own, finite gradient."""
+    """(p sin t + (pi - t) g) / pi with its own, finite gradient.
+
+    Passes over the (n, m) numbers are what it costs, so the first gradient is made of what the forward pass held.
+    """
 
     @staticmethod
-    def forward(cross: Tensor, lengths: Tensor) -> Tensor:
-        """Return the kernel."""
-        cosine, sine = cosine_and_sine(cross, lengths)
-        return lengths * (sine + (torch.pi - torch.atan2(sine, cosine)) * cosine) / torch.pi
+    def forward(cross: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the kernel, and for the gradients: (pi - t) / pi, sin t / pi and p."""
+        lengths = (left[..., :, None] * right[..., None, :]).sqrt_()
+        everywhere = bool((left > 0).all()) and bool((right > 0).all())
+        cosine, sine = _plain_angles(cross, lengths) if everywhere else cosine_and_sine(cross, lengths)
+        share = torch.atan2(sine, cosine).mul_(-1 / torch.pi).add_(1)
+        if not everywhere:
+            share = share.masked_fill_(lengths == 0, 0.0)
+        sine = sine.mul_(1 / torch.pi)
+        return torch.addcmul(share * cosine.mul_(lengths), sine, lengths), share, sine, lengths
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Keep the inputs."""
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep inputs and what the gradients are made of."""
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of inner products and lengths; made of operations that have gradients in turn."""
-        cross, lengths = ctx.saved_tensors
-        _, sine = cosine_and_sine(cross, lengths)
-        return grads[0] * _open_share(cross, lengths), grads[0] * sine / torch.pi
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of inner products and squared lengths."""
+        cross, left, right, share, sine, lengths = ctx.saved_tensors
+        if torch.is_grad_enabled():  # they are to have gradients in turn
+            lengths = _lengths(left, right)
+            share, sine = _open_share(cross, lengths), cosine_and_sine(cross, lengths)[1] / torch.pi
+        # p = sqrt(a b) has the slope p / 2a in a.
+        along = grads[0] * sine * lengths
+        return grads[0] * share, _halved(along.sum(-1), left), _halved(along.sum(-2), right)
+
+
+def _halved(total: Tensor, squares: Tensor) -> Tensor:
+    some = squares > 0
+    return torch.where(some, 0.5 * total / torch.where(some, squares, 1.0), 0.0)
+
+
+def _plain_angles(cross: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine where no length is 0, without gradients."""
+    cosine = (cross / lengths).clamp_(-1, 1)
+    return cosine, (1 - cosine).mul_(1 + cosine).sqrt_()
 
 
 def cosine_and_sine(cross: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
