@@ -15,6 +15,10 @@ class FormatError(QuernelError):
 
 
 class PrivacyError(QuernelError):
+    """Something private would be revealed, or released without the noise that it needs."""
+
+
+class BudgetExceeded(PrivacyError):
     """A private release would spend more than its ledger allows."""
 
 

@@ -1,0 +1,193 @@
+"""The contract of private structures: update or partial_fit, merge, release(ledger) -> a public object with query.
+
+A ``PrivateStructure`` holds exact integer sums over private rows and never answers. ``release`` enters the mechanism in
+the ledger, draws noise once, and returns a ``PublicRelease``: it may be published, saved and asked for ever, since
+whatever is computed from it is post-processing. A subclass says what its sums are, how much one record moves them, and
+what is made of the noisy ones.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quernel._array_folder import ArrayFolder
+from quernel._errors import FormatError, PrivacyError, QuernelError
+from quernel._validate import check_float, check_type
+from quernel.sketch.dp.ledger import PrivacyLedger
+from quernel.sketch.dp.mechanism import Mechanism, Sensitivity
+from quernel.sketch.dp.noise import Integers, NoiseSource
+from quernel.sketch.dp.terms import PrivacyTerms
+
+# What a release says about itself.
+_DESCRIPTION = {
+    "epsilon", "delta", "neighbours", "mechanism", "discrete", "sensitivity", "scale", "n_coords", "grain", "rho",
+    "status",
+}  # fmt: skip
+INSECURE = "INSECURE: the noise was drawn with a seed and can be subtracted"
+
+
+class PrivateStructure(ABC):
+    """Sums over private rows, to be released once with noise.
+
+    Parameters
+    ----------
+    terms : PrivacyTerms
+        What a release promises.
+
+    Notes
+    -----
+    Records are taken in by ``partial_fit`` (or ``update``, the same); shards are merged before the release, so that
+    noise is added once. The object itself is as private as the rows: it cannot be saved.
+    """
+
+    def __init__(self, terms: PrivacyTerms) -> None:
+        self.terms = check_type("terms", terms, PrivacyTerms)
+        self._noise = NoiseSource(terms.insecure_noise_seed)
+        self._own: PrivacyLedger | None = None
+
+    @abstractmethod
+    def partial_fit(self, X: Any, y: Any = None) -> Self:
+        """Take rows in; returns the structure itself."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Return what two structures must agree on to be merged."""
+
+    @property
+    @abstractmethod
+    def grain(self) -> float:
+        """What one step of the integer sums stands for."""
+
+    @abstractmethod
+    def sensitivity(self) -> Sensitivity:
+        """Return how far the sums can move between neighbours, in steps."""
+
+    @abstractmethod
+    def _sums(self) -> Integers:
+        """Return the exact sums, int64 of shape (n_coords,)."""
+
+    @abstractmethod
+    def _add(self, other: Self) -> None:
+        """Add the sums of a structure with the same ``config()``."""
+
+    @abstractmethod
+    def _published(self, values: NDArray[np.float64], privacy: dict[str, Any]) -> PublicRelease:
+        """Build the public object from noisy sums, in units of the contributions."""
+
+    def update(self, x: Any, y: Any = None) -> Self:
+        """Take rows in, like ``partial_fit``: the verb that sketches have."""
+        return self.partial_fit(x, y)
+
+    def merge(self, other: Self) -> Self:
+        """Add another structure's rows, in place; returns the structure itself.
+
+        Raises
+        ------
+        QuernelError
+            If ``other`` is of another class or differs in a setting; then nothing changed.
+        """
+        if type(other) is not type(self):
+            raise QuernelError(f"other must be a {type(self).__name__} to be merged; got {type(other).__name__}")
+        mine, theirs = self.config(), other.config()
+        apart = [f"{k}={mine[k]!r} here and {theirs[k]!r} there" for k in mine if mine[k] != theirs[k]]
+        if apart:
+            raise QuernelError(f"other must have the same settings to be merged; it has {', '.join(apart)}")
+        self._add(other)
+        return self
+
+    def mechanism(self) -> Mechanism:
+        """Return the noise that a release gets."""
+        return self.terms.calibrated(self.sensitivity())
+
+    def release(self, ledger: PrivacyLedger | None = None, *, label: str | None = None) -> Any:
+        """Spend budget, add noise, and return the object that may be published.
+
+        Parameters
+        ----------
+        ledger : PrivacyLedger, optional
+            The budget of the data set. Default is one of this object's own, of exactly its epsilon and delta: enough
+            for one release, and right only if nothing else is released from these rows.
+        label : str, optional
+            What the ledger calls it; default is the class's name.
+
+        Returns
+        -------
+        release : PublicRelease
+
+        Raises
+        ------
+        BudgetExceeded
+            If the ledger does not reach, e.g. for a second release.
+        """
+        if ledger is None:
+            if self._own is None:
+                self._own = PrivacyLedger(self.terms.epsilon, self.terms.delta, neighbours=self.terms.neighbours)
+            ledger = self._own
+        check_type("ledger", ledger, PrivacyLedger)
+        mechanism, sums = self.mechanism(), self._sums()
+        self._noise.check()  # a missing package should cost nothing
+        ledger.spend(mechanism, type(self).__name__ if label is None else label)
+        noisy = mechanism.randomise(sums, self._noise)
+        return self._published(noisy.astype(np.float64) * self.grain, self._described(mechanism))
+
+    def query(self, *_: Any, **__: Any) -> Any:
+        """Refuse: exact sums are private."""
+        raise PrivacyError(f"{type(self).__name__} answers nothing itself; release(ledger) gives an object that does")
+
+    def __getstate__(self) -> Any:
+        raise PrivacyError(
+            f"{type(self).__name__} holds private sums and cannot be copied out; save what release() gives"
+        )
+
+    def _described(self, mechanism: Mechanism) -> dict[str, Any]:
+        """Return what a release says about itself."""
+        return {
+            "epsilon": self.terms.epsilon,
+            "delta": self.terms.delta,
+            "neighbours": self.terms.neighbours,
+            "mechanism": mechanism.kind,
+            "discrete": mechanism.discrete,
+            # In units of the contributions, as the released values are.
+            "sensitivity": mechanism.sensitivity * self.grain,
+            "scale": mechanism.scale * self.grain,
+            "n_coords": mechanism.n_coords,
+            "grain": self.grain,
+            "rho": mechanism.rho,
+            "status": INSECURE if self._noise.insecure else "private" if mechanism.discrete else "UNSAFE FLOAT",
+        }
+
+
+class PublicRelease(ArrayFolder):
+    """What a release gives: answers queries, is saved and loaded, says in ``privacy`` what it promises."""
+
+    kind: ClassVar[str] = "private release"
+
+    privacy: dict[str, Any]
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise in a fixed direction of unit length, in units of the contributions."""
+        p = self.privacy
+        held = Mechanism(
+            p["mechanism"], p["sensitivity"] / p["grain"], p["scale"] / p["grain"], p["n_coords"], p["neighbours"],
+            p["discrete"],
+        )  # fmt: skip
+        return held.std * float(p["grain"])
+
+    def _check_contents(self) -> None:
+        """Check that a file says what was promised, and that the noise it names can be."""
+        if not isinstance(self.privacy, dict) or set(self.privacy) != _DESCRIPTION:
+            raise FormatError(f"privacy must have {sorted(_DESCRIPTION)}; got {self.privacy!r}")
+        PrivacyTerms(self.privacy["epsilon"], self.privacy["delta"], self.privacy["neighbours"])
+        check_float("noise_std", self.noise_std, low=0.0, open_low=True)
+
+    def __repr__(self) -> str:
+        p = self.privacy
+        return (
+            f"{type(self).__name__}(epsilon={p['epsilon']:g}, delta={p['delta']:g}, neighbours={p['neighbours']!r}, "
+            f"{p['status']})"
+        )
