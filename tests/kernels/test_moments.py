@@ -270,3 +270,27 @@ def test_too_many_rows_are_refused_before_counters_overflow():
     one.update(values(1))
     with pytest.raises(QuernelError, match="at most"):
         big.merge(one)
+
+
+def test_a_gram_comes_back_from_its_state():
+    summary = Gram(3, compute_dtype=torch.float64)
+    summary.update(torch.randn(10, 3, dtype=torch.float64))
+    again = Gram.from_state(summary.state(), compute_dtype=torch.float64)
+    again.update(torch.ones(1, 3))
+    assert again.count == 11 and summary.count == 10
+    torch.testing.assert_close(again.sum, summary.sum + 1)
+    with pytest.raises(QuernelError, match=r"the sum of a Gram must be float64 of shape \(C, C\)"):
+        Gram.from_state({"sum": torch.zeros(2, 3, dtype=torch.float64), "count": torch.tensor(1)})
+    with pytest.raises(QuernelError, match="sum holds NaN"):
+        Gram.from_state({"sum": torch.full((2, 2), torch.nan, dtype=torch.float64), "count": torch.tensor(1)})
+    with pytest.raises(QuernelError, match="count must be an integer"):
+        Gram.from_state({"sum": torch.zeros(2, 2, dtype=torch.float64), "count": torch.tensor(-1)})
+
+
+def test_a_wide_gram_in_float64_is_whole():
+    rows = torch.randn(70, 600, dtype=torch.float64)
+    summary = Gram(600, compute_dtype=torch.float64)
+    summary.update(rows[:30])
+    summary.update(rows[30:])
+    torch.testing.assert_close(summary.sum, rows.T @ rows, atol=1e-12, rtol=0)
+    assert torch.equal(summary.sum, summary.sum.T)

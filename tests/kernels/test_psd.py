@@ -152,3 +152,12 @@ def test_bad_problems_are_refused():
         ridge_projector(torch.eye(2), -1.0)
     with pytest.raises(QuernelError, match="order"):
         spectral_entropy(torch.ones(2), 0.0)
+
+
+def test_what_is_negative_beside_the_terms_of_a_difference_is_rounding():
+    difference = torch.diag(torch.tensor([-3e-17, 1e-17], dtype=torch.float64))
+    assert psd_eigenvalues(difference, rounding=1e-12).tolist() == [0.0, 1e-17]
+    with pytest.raises(QuernelError, match="not positive semi-definite"):
+        psd_eigenvalues(difference)
+    with pytest.raises(QuernelError, match="not positive semi-definite"):
+        psd_eigenvalues(difference * 1e10, rounding=1e-12)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from quernel._errors import DataError, MissingExtraError, QuernelError
-from quernel.data import checkpoints, images, labelled_tables, retrieval, tables, text
+from quernel.data import checkpoints, embeddings, images, labelled_tables, retrieval, tables, text
 from quernel.data._sources import DataSet, cache_folder, downloads, present, read_split
 
 _SETS: dict[str, DataSet] = {
     item.name: item
-    for family in (checkpoints, images, labelled_tables, retrieval, tables, text)
+    for family in (checkpoints, embeddings, images, labelled_tables, retrieval, tables, text)
     for item in family.SETS
 }
 

@@ -9,6 +9,7 @@ is an error. Cost: one pass over the batch, memory independent of the number of 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 
 import torch
@@ -24,6 +25,9 @@ _FIRST_BIN = (127 + _LOWEST) << _MANTISSA_BITS
 _MOST_ROWS = 2**31 - 1
 # Rows of one float32 product before it is added in float64: short sums keep rounding at 1e-6 relative.
 _GRAM_ROWS = 256
+# Of a float64 product, which needs no short sums: bounds the memory of a conversion.
+_GRAM_ROWS_WIDE = 4096
+_GRAM_COLUMNS = 256
 
 
 class AbsMax:
@@ -195,9 +199,21 @@ class Gram:
         rows = _rows("x", x, mask, self.channels)
         self.count = _checked_count(self.count + rows.shape[0])
         dtype = torch.promote_types(rows.dtype, self.compute_dtype)
-        for block in torch.split(rows, _GRAM_ROWS):
+        if dtype is torch.float64 and rows.device == self._sum.device:
+            for block in rows.split(_GRAM_ROWS_WIDE):
+                self._add(block.double())
+            return
+        for block in rows.split(_GRAM_ROWS):
             block = block.to(dtype)
             self._sum += (block.T @ block).to(self._sum)
+
+    def _add(self, block: Tensor) -> None:
+        """Add the products of float64 rows, those below the diagonal once for both sides of it."""
+        for start in range(0, self.channels, _GRAM_COLUMNS):
+            stop = min(start + _GRAM_COLUMNS, self.channels)
+            part = block[:, start:stop].T @ block[:, :stop]
+            self._sum[start:stop, :stop] += part
+            self._sum[:start, start:stop] += part[:, :start].T
 
     def merge(self, other: Gram) -> None:
         """Take everything in that ``other`` saw."""
@@ -214,6 +230,30 @@ class Gram:
         """``X^T X / count``, shape (C, C), float64."""
         _check_seen(self.count)
         return self.sum / self.count
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the sum and the count; ``from_state`` takes them back."""
+        return {"sum": self._sum, "count": torch.tensor(self.count)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], *, compute_dtype: torch.dtype = torch.float32) -> Gram:
+        """Rebuild from ``state()``.
+
+        Raises
+        ------
+        QuernelError
+            If the sum is no square float64 matrix of finite numbers, or the count is negative.
+        """
+        held = state["sum"]
+        if held.ndim != 2 or held.shape[0] != held.shape[1] or held.dtype != torch.float64:
+            raise QuernelError(
+                f"the sum of a Gram must be float64 of shape (C, C); got {held.dtype} of {tuple(held.shape)}"
+            )
+        check_finite("sum", held)
+        built = cls(held.shape[0], compute_dtype=compute_dtype, device=held.device)
+        built._sum = held.clone()
+        built.count = _checked_count(check_int("count", int(state["count"]), low=0))
+        return built
 
 
 def _rows(name: str, x: Tensor, mask: Tensor | None, channels: int) -> Tensor:

@@ -19,13 +19,15 @@ from quernel.kernels.linalg import Array, as_tensor, jittered_cholesky, like
 _ROUNDING = 1e-12
 
 
-def psd_eigenvalues(a: Array) -> Array:
+def psd_eigenvalues(a: Array, *, rounding: float = 0.0) -> Array:
     """Return the eigenvalues of a positive semi-definite matrix, ascending, those that rounding made negative as 0.
 
     Parameters
     ----------
     a : Tensor or array, shape (..., n, n)
         Symmetric; the lower triangle is read.
+    rounding : float, default=0.0
+        What negative eigenvalues may amount to where ``a`` is a difference; else a small part of the largest.
 
     Returns
     -------
@@ -41,7 +43,7 @@ def psd_eigenvalues(a: Array) -> Array:
     >>> psd_eigenvalues(torch.diag(torch.tensor([2.0, 0.0]))).tolist()
     [0.0, 2.0]
     """
-    return like(_checked_spectrum(torch.linalg.eigvalsh(_square("a", a))), a)
+    return like(checked_spectrum(torch.linalg.eigvalsh(_square("a", a)), check_float("rounding", rounding, low=0.0)), a)
 
 
 def matrix_entropy(a: Tensor) -> Tensor:
@@ -122,8 +124,8 @@ def ridge_projector(k: Array, alpha: float) -> Array:
     """
     check_float("alpha", alpha, low=0.0)
     values, vectors = torch.linalg.eigh(_square("k", k))
-    values = _checked_spectrum(values)
-    floor = _rounding(values)
+    values = checked_spectrum(values)
+    floor = rounding_of(values)
     share = torch.where(values > floor, values / (values + alpha).clamp_min(torch.finfo(values.dtype).tiny), 0.0)
     return like((vectors * share[..., None, :]) @ vectors.mT, k)
 
@@ -210,7 +212,7 @@ class _Entropy(torch.autograd.Function):
     def forward(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the entropy; eigenvalues and eigenvectors go along for the gradient."""
         values, vectors = torch.linalg.eigh(a)
-        values = _checked_spectrum(values)
+        values = checked_spectrum(values)
         return spectral_entropy(values), values, vectors
 
     @staticmethod
@@ -224,7 +226,7 @@ class _Entropy(torch.autograd.Function):
         """Return U diag(log(tau / l)) U^T."""
         values, vectors = ctx.saved_tensors
         tau = values.sum(-1, keepdim=True)
-        floor = (_rounding(values)).clamp_min(torch.finfo(values.dtype).tiny)
+        floor = (rounding_of(values)).clamp_min(torch.finfo(values.dtype).tiny)
         slope = (tau.clamp_min(torch.finfo(values.dtype).tiny) / values.clamp_min(floor)).log()
         return grads[0][..., None, None] * ((vectors * slope[..., None, :]) @ vectors.mT)
 
@@ -237,14 +239,15 @@ def _square(name: str, a: Any) -> Tensor:
     return matrix.double()
 
 
-def _rounding(values: Tensor) -> Tensor:
+def rounding_of(values: Tensor) -> Tensor:
+    """Return the eigenvalue below which there is only rounding, shape (..., 1)."""
     return _ROUNDING * values.shape[-1] * values.abs().amax(-1, keepdim=True)
 
 
-def _checked_spectrum(values: Tensor) -> Tensor:
+def checked_spectrum(values: Tensor, rounding: float = 0.0) -> Tensor:
     """Return ascending eigenvalues with rounding's negatives as 0."""
     # float32 kernels that arrive here were rounded at 1e-7 each: a thousand of those is no sign of a mistake.
-    if bool((values[..., 0] < -1e-4 * values.abs().amax(-1)).any()):
+    if bool((values[..., 0] < -(1e-4 * values.abs().amax(-1)).clamp_min(rounding)).any()):
         raise QuernelError(
             f"the matrix is not positive semi-definite: its least eigenvalue is {float(values.min()):.3g}"
         )
