@@ -89,3 +89,74 @@ def test_bad_input_is_refused():
         gaussian_product_average(torch.tanh, torch.tanh, one, one * torch.nan, one)
     with pytest.raises(QuernelError, match="a tensor of the shape it got"):
         gaussian_average(lambda z: z.sum(), one)
+
+
+def clipped(z):
+    return z.clamp(-1, 1)
+
+
+def jump(z):
+    return (z > 0.7).double()
+
+
+def tail(x):
+    return 0.5 * torch.erfc(x / math.sqrt(2))
+
+
+def test_kinks_elsewhere_are_exact_where_they_are_named():
+    v = torch.tensor([1e-4, 0.3, 1.0, 40.0, 1e4], dtype=torch.float64)
+    a = v.rsqrt()
+    # E min(z^2, 1) = v (1 - 2 Q(a) - 2 a phi(a)) + 2 Q(a), with a = 1 / sqrt(v).
+    density = torch.exp(-(a**2) / 2) / math.sqrt(2 * math.pi)
+    wanted = v * (1 - 2 * tail(a) - 2 * a * density) + 2 * tail(a)
+    torch.testing.assert_close(
+        gaussian_average(lambda z: clipped(z) ** 2, v, (-1.0, 1.0)), wanted, rtol=1e-10, atol=1e-12
+    )
+    torch.testing.assert_close(gaussian_average(jump, v, (0.7,)), tail(0.7 * a), rtol=1e-10, atol=1e-12)
+    # Unnamed, the rule steps over them: the argument is needed.
+    assert float((gaussian_average(jump, v) - tail(0.7 * a)).abs().max()) > 1e-4
+
+
+def test_pairs_with_kinks_elsewhere():
+    a, b, c = pairs()
+    got = gaussian_product_average(clipped, clipped, a, b, c, (-1.0, 1.0))
+    # Price: d/dc E f(u) g(v) = E f'(u) g'(v), the probability that both lie within the kinks.
+    inside = gaussian_product_average(
+        lambda u: (u.abs() < 1).double(), lambda v: (v.abs() < 1).double(), a, b, c, (-1.0, 1.0)
+    )
+    step = 1e-4
+    ends = [gaussian_product_average(clipped, clipped, a, b, c + s, (-1.0, 1.0)) for s in (-step, step)]
+    inner = (c.abs() < 0.99 * (a * b).sqrt()).nonzero()[:, 0]
+    torch.testing.assert_close(((ends[1] - ends[0]) / (2 * step))[inner], inside[inner], rtol=0, atol=1e-6)
+    # Coincident and opposite points are one variable.
+    alone = gaussian_average(lambda z: clipped(z) ** 2, a, (-1.0, 1.0))
+    assert float(got[3]) == pytest.approx(float(alone[3]), abs=1e-10)
+    assert float(got[4]) == pytest.approx(-float(alone[4]), abs=1e-10)
+    # Independent ones are a product; a kink that is none changes nothing.
+    assert float(got[0]) == pytest.approx(0, abs=1e-12)
+    plain = gaussian_product_average(torch.relu, torch.tanh, a, b, c)
+    torch.testing.assert_close(
+        gaussian_product_average(torch.relu, torch.tanh, a, b, c, (0.3,)), plain, rtol=0, atol=1e-8
+    )
+
+
+def test_both_probabilities_at_once_are_those_of_the_rectangle():
+    from scipy import stats
+
+    a, b, c = (torch.tensor([x], dtype=torch.float64) for x in (1.5, 0.8, 0.6))
+    got = gaussian_product_average(jump, jump, a, b, c, (0.7,))
+    law = stats.multivariate_normal([0, 0], [[1.5, 0.6], [0.6, 0.8]])
+    assert float(got) == pytest.approx(float(law.cdf([-0.7, -0.7])), abs=1e-6)
+
+
+def test_gradients_with_kinks_and_bad_kinks():
+    v = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: gaussian_average(clipped, v, (-1.0, 1.0)), (v,))
+    c = torch.tensor([0.1, -0.4], dtype=torch.float64, requires_grad=True)
+    w = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    average = gaussian_product_average
+    assert torch.autograd.gradcheck(lambda v, c: average(clipped, torch.tanh, v, w, c, (-1.0, 1.0)), (v, c))
+    with pytest.raises(QuernelError, match="kinks must be a finite number"):
+        gaussian_average(clipped, v, (math.nan,))
+    nothing = gaussian_product_average(clipped, clipped, w[:0], w[:0], w[:0], (1.0,))
+    assert nothing.shape == (0,)

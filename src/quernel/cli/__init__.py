@@ -1,4 +1,4 @@
-"""The command line: ``quernel demo | compress | list | info | data | doctor | warmup | reproduce | bench``.
+"""The command line: ``quernel demo | compress | list | info | data | doctor | warmup | index | advise | ...``.
 
 One small file per command. Needs the extra ``cli`` (typer, rich); without it the command says so.
 """

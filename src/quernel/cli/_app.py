@@ -15,7 +15,7 @@ import typer
 
 from quernel import __version__
 from quernel._errors import QuernelError
-from quernel.cli import _bench, _compress, _data, _demo, _doctor, _index, _info, _list, _reproduce, _warmup
+from quernel.cli import _advise, _bench, _compress, _data, _demo, _doctor, _index, _info, _list, _reproduce, _warmup
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # What they say on import concerns their developers.
@@ -36,6 +36,7 @@ app.command("data")(_data.data)
 app.command("doctor")(_doctor.doctor)
 app.command("warmup")(_warmup.warmup)
 app.add_typer(_index.app, name="index")
+app.command("advise")(_advise.advise)
 app.command("reproduce")(_reproduce.reproduce)
 app.command("bench")(_bench.bench)
 

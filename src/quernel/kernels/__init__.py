@@ -49,6 +49,7 @@ __getattr__, __dir__, __all__ = attach(
         "features": ".features",
         "gaussian_average": ".gaussian_averages",
         "gaussian_kernel": ".gaussian",
+        "gaussian_nodes": ".gaussian_averages",
         "gaussian_product_average": ".gaussian_averages",
         "gram_kl": ".deep_kernel_layers",
         "jittered_cholesky": ".linalg",
@@ -70,6 +71,7 @@ __getattr__, __dir__, __all__ = attach(
         "squared_exponential_gram": ".grams",
         "stable_sample_size": ".weighted_least_squares",
         "statistics": ".statistics",
+        "theory": ".theory",
         "vendi_score": ".statistics",
     },
 )

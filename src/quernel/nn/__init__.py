@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "AdaptedLinear": ".linear.snnk_adapter",
+        "ArchitectureAdvisor": ".init.advisor",
         "BinaryLinearAttention": ".attention.shift_add",
         "BinaryMultiheadAttention": ".attention.multihead",
         "ChannelsFirst": ".channels_first",
@@ -79,7 +80,9 @@ __getattr__, __dir__, __all__ = attach(
         "W4A8Linear": ".linear.w4a8",
         "add_snnk_adapters": ".linear.snnk_adapter",
         "collect_aux_loss": ".linear.mult_shift",
+        "critical_init_": ".init.critical",
         "functional": ".functional",
+        "init": ".init",
         "make_mixer": "._make_mixer",
         "mixer_names": "._make_mixer",
         "param_groups": "._param_groups",
