@@ -118,3 +118,14 @@ def test_an_index_cannot_be_saved_as_a_parameter(tmp_path):
 def test_errors(arguments, message):
     with pytest.raises(QuernelError, match=message):
         KernelHerding(**arguments).fit(rows(50))
+
+
+def test_another_mean_is_approached():
+    x = rows()
+    wanted = x[:30].mean(0)
+    model = KernelHerding(60, feature_map="passthrough").fit(x, mean=wanted)
+    assert model.discrepancy_ == pytest.approx(np.linalg.norm(wanted - x[model.indices_].mean(0)), abs=1e-12)
+    assert model.discrepancy_ < 0.1 < np.linalg.norm(wanted - x.mean(0))
+    for mean, message in ((np.ones(3), r"mean must have shape \(4,\)"), (np.full(4, np.nan), "mean holds NaN")):
+        with pytest.raises(QuernelError, match=message):
+            KernelHerding(5, feature_map="passthrough").fit(x, mean=mean)

@@ -99,8 +99,8 @@ class DeepKernelRegressor(RegressorMixin, DeepKernel):
     -----
     Columns are centred and divided by one common scale; columns of different units should be standardised first. q(u)
     is set to its optimum in one pass before and after training, then learned noise too. Differs from the reference
-    code: k-means inducing inputs, running means in the scale layers, one and the same jitter for inducing points and
-    batch, see also ``GramLayer``.
+    code: rows as first inducing inputs, running means in the scale layers, one and the same jitter for inducing points
+    and batch, see also ``GramLayer``.
 
     References
     ----------

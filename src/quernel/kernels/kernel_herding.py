@@ -21,7 +21,7 @@ from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
 from quernel._random import Seed, generator
 from quernel._registry import register
-from quernel._validate import check_choice, check_int
+from quernel._validate import check_choice, check_finite, check_int
 from quernel.kernels._frank_wolfe_steps import Atoms
 from quernel.kernels._lazy_oracle import Lookup, nearest
 from quernel.kernels._random_features import FLOATS
@@ -132,8 +132,17 @@ class KernelHerding(SavedEstimator, BaseEstimator):
         if self.indices_.shape != (self.n_samples,) or self.indices_.dtype != np.int64 or self.indices_.min() < 0:
             raise QuernelError(f"indices_ must be {self.n_samples} row numbers")
 
-    def fit(self, X: ArrayLike, y: object = None) -> Self:
-        """Choose among the rows of ``X``, shape (n, d); ``y`` is ignored."""
+    def fit(self, X: ArrayLike, y: object = None, *, mean: ArrayLike | None = None) -> Self:
+        """Choose among the rows of ``X``, shape (n, d); ``y`` is ignored.
+
+        Parameters
+        ----------
+        X : array, shape (n, d)
+        y : ignored
+        mean : array, shape (n_features,), optional
+            Mu, in feature space; default is the mean over the rows. Another one, e.g. of rows that are not at hand,
+            is approached as far as the rows' hull allows.
+        """
         self.check_params()
         x = validate_data(self, X, dtype=FLOATS)
         chooser = self.feature_map
@@ -142,11 +151,10 @@ class KernelHerding(SavedEstimator, BaseEstimator):
         self.feature_map_ = None if isinstance(chooser, str) else clone(chooser).fit(x)
         features = Atoms(x if self.feature_map_ is None else self.feature_map_.transform(x))
         self.index_ = None if isinstance(self.lmo, str) else filled("lmo", self.lmo, features)
-        self._choose(features)
+        self._choose(features, features.mean if mean is None else _checked_mean(mean, features.dim))
         return self
 
-    def _choose(self, features: Atoms) -> None:
-        mu = features.mean
+    def _choose(self, features: Atoms, mu: np.ndarray) -> None:
         w = mu.copy() if self.init == "mu" else np.zeros_like(mu)
         chosen = np.zeros(self.n_samples, np.int64)
         total = np.zeros_like(mu)
@@ -170,3 +178,11 @@ class KernelHerding(SavedEstimator, BaseEstimator):
         self.n_exact_scans_ += 1
         i = features.scan(-query)[0]
         return i, features.row(i)
+
+
+def _checked_mean(mean: ArrayLike, dim: int) -> np.ndarray:
+    held = np.asarray(mean, np.float64)
+    if held.shape != (dim,):
+        raise QuernelError(f"mean must have shape ({dim},), one number a feature; got {held.shape}")
+    check_finite("mean", held)
+    return held

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "FunnelIndex": ".funnel",
         "Index": "._index",
         "MaxIPIndex": ".max_inner_product",
+        "ModelIndex": ".model_index",
         "MultiVectorIndex": ".multi_vector",
         "ShardError": "._shard_workers",
         "ShardedAnswer": ".sharded",

@@ -36,7 +36,9 @@ def check_index(cls: type) -> None:
     the reference), ``"exact_scores": False`` where scores are estimates, ``"items": (n) -> items`` and
     ``"queries": (n) -> queries``, query i next to item i, where random vectors of ``dim`` numbers will not do, and
     ``"reference": (items, queries) -> scores``, true scores of all pairs of shape (queries, items), where
-    ``FlatIndex`` does not have the metric. Items are rows of an array, ``Sets``, or a list of arrays.
+    ``FlatIndex`` does not have the metric. Items are rows of an array, ``Sets``, or a list of arrays. Where items are a
+    list of something else, ``"wrong_items": (items) -> [(what is wrong, value)]`` gives what ``add`` must refuse, and
+    queries are rows of an array.
     """
     run_all(cls, "index")
 
@@ -163,8 +165,10 @@ def check_bad_input(cls: type) -> None:
     """Wrong widths, NaN, empty sets and lists and impossible k raise a Quernel error and lose nothing."""
     index, items, queries = _filled(cls)
     wanted = index.search(queries, K)
-    for what, value in _wrong(items):
+    own = example_of(cls).get("wrong_items")
+    for what, value in own(items) if own else _wrong(items):
         _require_error(cls, f"add of {what}", "x", partial(index.add, value))
+    for what, value in _wrong(queries):
         _require_error(
             cls, f"search of {what}", "q" if not isinstance(items, Sets) else "", partial(index.search, value)
         )
