@@ -24,7 +24,8 @@ SMALL = {"n_layers": 1, "n_inducing": 20, "max_epochs": 15, "batch_size": 75, "l
 
 
 def test_a_surface_is_learned_and_variance_grows_away_from_the_data():
-    model = DeepKernelRegressor(**{**SMALL, "kernel": "rbf"}).fit(X, Y)
+    # Inducing inputs begin at random rows: they need some steps to spread.
+    model = DeepKernelRegressor(**{**SMALL, "kernel": "rbf", "max_epochs": 60}).fit(X, Y)
     assert model.score(X, Y) > 0.95
     mean, near = model.predict(X, return_std=True)
     np.testing.assert_array_equal(mean, model.predict(X))

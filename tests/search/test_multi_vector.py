@@ -248,7 +248,7 @@ def test_the_base_class_loads_it(tmp_path) -> None:
     [
         (lambda ix: ix.add([np.ones((2, 8)), np.ones((0, 8))]), r"x\[1\] has no vectors"),
         (lambda ix: ix.add([np.full((2, 8), np.nan)]), r"x\[0\] holds NaN"),
-        (lambda ix: ix.add(np.ones((2, 3, 7))), r"x must have shape \(n, 8\); got \(6, 7\)"),
+        (lambda ix: ix.add(np.ones((2, 3, 7))), r"x must have shape \(n, size, 8\); got \(2, 3, 7\)"),
         (lambda ix: ix.add(np.ones((2, 0, 8))), r"x\[0\] has no vectors"),
         (lambda ix: ix.add(np.full((2, 1, 8), np.inf)), "x holds NaN or infinity"),
         (lambda ix: ix.add([np.ones((2, 7))]), r"x\[0\] must have shape \(n, 8\); got \(2, 7\)"),

@@ -184,7 +184,7 @@ class _Alignment:
 def chosen_inducing(x: Tensor, number: int, draw: np.random.Generator) -> Tensor:
     """Return initial inducing inputs, shape (number, c): random rows.
 
-    Not means of clusters, which lie nearer to the origin than any row: from those a parity of signs was learned on one
-    seed of three, from rows on all.
+    Not means of clusters nor the rows nearest to them: from those a parity of signs was learned on some seeds only,
+    from random rows on all of five.
     """
     return x[torch.from_numpy(draw.permutation(len(x))[:number])]
