@@ -16,6 +16,8 @@ import sysconfig
 import venv
 from pathlib import Path
 
+import filelock
+
 from benchmarks._process import ROOT
 
 FOLDER = ROOT / "build" / "peers"
@@ -42,8 +44,16 @@ def peer_python(*requirements: str) -> str:
     folder = FOLDER / key
     python = folder / "bin" / "python"
     ready = folder / "ready"
-    if ready.exists():
-        return str(python)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    # Two processes may ask for it at once; the second waits for what the first makes.
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if not ready.exists():
+            _make(folder, python, requirements)
+            ready.touch()
+    return str(python)
+
+
+def _make(folder: Path, python: Path, requirements: tuple[str, ...]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=False, symlinks=True)
     own = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
@@ -55,5 +65,3 @@ def peer_python(*requirements: str) -> str:
         last = "\n".join(done.stderr.strip().splitlines()[-3:])
         shutil.rmtree(folder, ignore_errors=True)
         raise PeerUnavailable(f"{', '.join(requirements)} cannot be installed: {last}")
-    ready.touch()
-    return str(python)
