@@ -243,3 +243,25 @@ def test_errors(call, error, message):
 def test_rows_outside_are_moved_to_the_edge():
     sums = make(leaves=4, clip=True).partial_fit([[-3.0, 0.5], [9.0, 0.5]])
     np.testing.assert_array_equal(sums._exact[0], [1, 0, 0, 1])
+
+
+@pytest.mark.parametrize("dim", [2, 5, 50, 300])
+def test_a_row_s_leaves_do_not_depend_on_the_other_rows(dim):
+    draw = np.random.default_rng(dim)
+    rows = draw.uniform(0.0, 1.0, (67, dim))
+    make = lambda: PrivateDistanceSum("l2", low=0.0, high=1.0, leaves=2**16, insecure_noise_seed=0)  # noqa: E731
+    whole = make().partial_fit(rows)
+    alone = make()
+    for row in rows:
+        alone.partial_fit(row[None])
+    np.testing.assert_array_equal(whole._exact, alone._exact)
+
+
+def test_a_merge_that_a_budget_would_not_see_is_refused():
+    rows = np.full((5, 2), 0.5)
+    first, second = (PrivateDistanceSum("l1", low=0.0, high=1.0, insecure_noise_seed=0).partial_fit(rows) for _ in "ab")
+    with pytest.raises(PrivacyError, match="count twice"):
+        first.merge(first)
+    second.release()
+    with pytest.raises(PrivacyError, match="give both releases one PrivacyLedger"):
+        first.merge(second)

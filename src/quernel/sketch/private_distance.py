@@ -323,7 +323,8 @@ class PrivateDistanceSum(PrivateStructure):
 
     def _leaves_of(self, rows: Floats) -> Integers:
         low, width, projection = tree_axes(self)
-        points = rows if projection is None else rows @ projection.T
+        # Row by row: a BLAS product rounds a row by its neighbours, and another leaf would be beyond the sensitivity.
+        points = rows if projection is None else np.stack([(rows * axis).sum(1) for axis in projection], 1)
         places = np.clip(np.floor((points - low) / width), 0, self.leaves - 1).astype(np.int64)
         flat = (places + np.arange(self._n_trees) * self.leaves).ravel()
         return np.bincount(flat, minlength=self._n_trees * self.leaves).reshape(self._n_trees, self.leaves)

@@ -89,6 +89,8 @@ class PrivateStructure(ABC):
         ------
         QuernelError
             If ``other`` is of another class or differs in a setting; then nothing changed.
+        PrivacyError
+            If it is this structure itself, or was released without a ledger.
         """
         if type(other) is not type(self):
             raise QuernelError(f"other must be a {type(self).__name__} to be merged; got {type(other).__name__}")
@@ -96,6 +98,13 @@ class PrivateStructure(ABC):
         apart = [f"{k}={mine[k]!r} here and {theirs[k]!r} there" for k in mine if mine[k] != theirs[k]]
         if apart:
             raise QuernelError(f"other must have the same settings to be merged; it has {', '.join(apart)}")
+        if other is self:
+            raise PrivacyError("other must be another structure: each record would count twice")
+        if other._own is not None:
+            raise PrivacyError(
+                "other was released under a budget of its own, which this one's release would not know of; give both "
+                "releases one PrivacyLedger"
+            )
         self._add(other)
         return self
 
