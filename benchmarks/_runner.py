@@ -89,6 +89,17 @@ class Isolated:
 Peer = Callable[[Any], Any] | Isolated
 
 
+def allowed(seconds: float) -> Peer:
+    """Return a peer that spins for the time that a call may take: with a target of 1.0 an absolute limit is a ratio."""
+
+    def spin(_: Any) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return spin
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One comparison: ours against named peers on the same prepared state."""

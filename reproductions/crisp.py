@@ -34,6 +34,15 @@ ABOVE_TAIL = "at least 5 points above tail 4x8, trained alike"
 KEEPS = "8x32 keeps at least 97 % of the unpooled model"
 
 
+JUDGED: dict[str, Any] = {
+    "metric": "NDCG@10 with 4x8 vectors",
+    "baseline": "k-means 4x8 of the unpooled model",
+    "rule": at_least(2.0, of="ours - baseline", over="mean"),
+    "checks": (ABOVE_TAIL, KEEPS),
+    "seeds": SEEDS,
+}
+
+
 def pruned(name: str, seed: int, depth: int = 0) -> Outcome:
     held, heads = late.collection(name, depth), late.heads(name, seed, depth)
     queries = late.split(held, seed)[1]
@@ -60,11 +69,7 @@ def pruned(name: str, seed: int, depth: int = 0) -> Outcome:
     claim="Trained through the clustering, four vectors a query and eight a document rank better than clustered later",
     scale=SCALE,
     data=CRANFIELD,
-    metric="NDCG@10 with 4x8 vectors",
-    baseline="k-means 4x8 of the unpooled model",
-    rule=at_least(2.0, of="ours - baseline", over="mean"),
-    checks=(ABOVE_TAIL, KEEPS),
-    seeds=SEEDS,
+    **JUDGED,
 )
 def pruned_cranfield(seed: int) -> Outcome:
     return pruned("cranfield", seed)
@@ -75,11 +80,7 @@ def pruned_cranfield(seed: int) -> Outcome:
     claim="On short documents too, training through the clustering ranks better than clustering later",
     scale=SCALE,
     data=NPL,
-    metric="NDCG@10 with 4x8 vectors",
-    baseline="k-means 4x8 of the unpooled model",
-    rule=at_least(2.0, of="ours - baseline", over="mean"),
-    checks=(ABOVE_TAIL, KEEPS),
-    seeds=SEEDS,
+    **JUDGED,
 )
 def pruned_npl(seed: int) -> Outcome:
     return pruned("npl", seed)
@@ -90,11 +91,7 @@ def pruned_npl(seed: int) -> Outcome:
     claim="With the last two layers of the encoder trained too, training through the clustering ranks better",
     scale=SCALE_TRAINED,
     data=CRANFIELD,
-    metric="NDCG@10 with 4x8 vectors",
-    baseline="k-means 4x8 of the unpooled model",
-    rule=at_least(2.0, of="ours - baseline", over="mean"),
-    checks=(ABOVE_TAIL, KEEPS),
-    seeds=SEEDS,
+    **JUDGED,
 )
 def trained_cranfield(seed: int) -> Outcome:
     return pruned("cranfield", seed, depth=2)
@@ -105,11 +102,7 @@ def trained_cranfield(seed: int) -> Outcome:
     claim="With the last two layers trained, training through the clustering ranks better on short documents too",
     scale=SCALE_TRAINED,
     data=NPL,
-    metric="NDCG@10 with 4x8 vectors",
-    baseline="k-means 4x8 of the unpooled model",
-    rule=at_least(2.0, of="ours - baseline", over="mean"),
-    checks=(ABOVE_TAIL, KEEPS),
-    seeds=SEEDS,
+    **JUDGED,
 )
 def trained_npl(seed: int) -> Outcome:
     return pruned("npl", seed, depth=2)

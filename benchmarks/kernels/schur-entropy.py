@@ -9,7 +9,6 @@ case, which runs it once in a process of its own and holds it to 25 s and 1.2 GB
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from benchmarks._machine import FLOAT32_OPS
 from benchmarks._peers import PeerUnavailable, peer_python
 from benchmarks._process import in_fresh_process, resident_bytes
-from benchmarks._runner import Case, Isolated
+from benchmarks._runner import Case, Isolated, allowed
 from quernel.kernels import Gram, SchurEntropy, vendi_score
 
 VENDI = ("vendi-score==0.0.3",)
@@ -65,13 +64,6 @@ def by_hand(s: SimpleNamespace) -> tuple[float, float]:
 def cosine_bound(s: SimpleNamespace, threads: int) -> float:
     n, d = COSINE
     return 2 * n * (2 * d) ** 2 / (FLOAT64_OPS * threads) * 1e3
-
-
-def limit(seconds: float, s: SimpleNamespace) -> None:
-    """Spin for as long as the score may take."""
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
 
 
 def is_the_formula(s: SimpleNamespace) -> None:
@@ -185,7 +177,7 @@ CASES = [
         setup=cosine_pairs,
         ours=cosine_score,
         peers={
-            "one second": partial(limit, 1.0),
+            "one second": allowed(1.0),
             "NumPy by hand": by_hand,
             "vendi-score, images alone": Isolated("vendi_of_images", *COSINE, requires=VENDI),
         },

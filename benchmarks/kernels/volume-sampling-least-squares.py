@@ -6,7 +6,6 @@ its own. Ours draws proposals from the leverage scores: about m (1 + 1/2 + .. + 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import qr
 
-from benchmarks._runner import Case, Isolated
+from benchmarks._runner import Case, Isolated, allowed
 from quernel.kernels import EmpiricalSpace, LegendreSpace, ProjectionDPP, VolumeSampler, WeightedLeastSquares
 
 ROWS, FEATURES = 100_000, 100
@@ -91,13 +90,6 @@ def from_basis(s: SimpleNamespace) -> Any:
 
 def from_features(s: SimpleNamespace) -> Any:
     return ProjectionDPP(EmpiricalSpace(s.a)).sample(s.rng)
-
-
-def limit(milliseconds: float, _: Any) -> None:
-    """Spin for as long as ours may take."""
-    end = time.perf_counter() + 1e-3 * milliseconds
-    while time.perf_counter() < end:
-        pass
 
 
 def sequential_updates(s: SimpleNamespace) -> list[int]:
@@ -185,7 +177,7 @@ CASES = [
         name="process of 100 among 100,000 rows of features, QR included",
         setup=population,
         ours=from_features,
-        peers={"3 s": partial(limit, 3000.0), "LAPACK's QR alone": lambda s: np.linalg.qr(s.a)},
+        peers={"3 s": allowed(3.0), "LAPACK's QR alone": lambda s: np.linalg.qr(s.a)},
         gate=rows_are_a_basis,
         target={"3 s": 1.0},
         bound_ms=1e3 * 4 * ROWS * FEATURES**2 / FLOPS,
@@ -197,7 +189,7 @@ CASES = [
         setup=partial(continuous, 49, 1),
         ours=lambda s: s.process.sample(s.rng),
         min_ms=40.0,  # chance decides how many proposals a call takes
-        peers={"50 ms": partial(limit, 50.0)},
+        peers={"50 ms": allowed(0.05)},
         gate=points_are_spread,
         target={"50 ms": 1.0},
         bound_ms=chain_bound_ms(50),
@@ -220,7 +212,7 @@ CASES = [
         setup=fitting,
         ours=lambda s: s.fit.fit(s.design, s.y),
         peers={
-            "20 ms": partial(limit, 20.0),
+            "20 ms": allowed(0.02),
             "NumPy, lstsq of the weighted rows": lambda s: np.linalg.lstsq(s.rows, s.targets, rcond=None)[0],
         },
         gate=fit_is_the_solution,

@@ -92,8 +92,8 @@ def test_a_huge_nu_gives_the_fixed_kernel_after_training_too(learned):
     torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-4)
 
 
-# Check 4.
-@pytest.mark.parametrize(("jitter", "close"), [(1e-9, 1e-5), (1e-4, 1e-2)])
+# Check 4. The full objective has no scale layer, so that with the default jitter the kernels differ by multiples of it.
+@pytest.mark.parametrize(("jitter", "close"), [(1e-9, 1e-5), (1e-4, 5e-3)])
 def test_with_all_points_inducing_the_posterior_is_the_full_one(jitter, close):
     x, y = data()
     full = FullDeepKernel(1, nu=0.5, noise=0.05, jitter=jitter, max_iter=60).fit(x, y)

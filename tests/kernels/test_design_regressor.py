@@ -100,3 +100,23 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             DesignRegressor(**options).fit(x, y)
+
+
+def test_labels_of_another_pool_are_refused():
+    pool, y = load_diabetes(return_X_y=True)
+    model = DesignRegressor(random_state=0)
+    rows = model.query(pool)
+    for other, labels in ((pool[::-1], y[rows]), (pool[rows], y[rows])):
+        with pytest.raises(QuernelError, match="X must be the whole pool that query was asked for"):
+            model.fit(other, labels)
+    # Nothing was lost: the right call still works, and so does another pool with all its labels.
+    assert model.fit(pool, y[rows]).indices_.tolist() == rows.tolist()
+    model.fit(pool[::-1], y[::-1])
+
+
+def test_one_that_was_only_asked_is_saved_as_unfitted_and_names_the_same_rows(tmp_path):
+    pool, y = load_diabetes(return_X_y=True)
+    model = DesignRegressor(random_state=0)
+    rows = model.query(pool)
+    twin = quernel.load(model.save(tmp_path))
+    np.testing.assert_array_equal(twin.fit(pool, y[rows]).coef_, model.fit(pool, y[rows]).coef_)

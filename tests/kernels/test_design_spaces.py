@@ -128,3 +128,8 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(QuernelError, match=message):
             make()
+
+
+def test_more_functions_than_can_be_fitted_are_refused_at_once():
+    with pytest.raises(QuernelError, match="degree=50 in dim=6 gives more than 100,000 functions"):
+        LegendreSpace(50, 6)

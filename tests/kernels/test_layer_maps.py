@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy import stats
 
 from quernel._errors import QuernelError
 from quernel.kernels.gaussian_averages import gaussian_product_average
@@ -105,7 +106,24 @@ def test_a_function_of_yours_is_taken():
 def test_bad_activations_and_shapes_are_refused():
     with pytest.raises(QuernelError, match=r"activation must be one of .*'relu'"):
         layer_map("swish")
-    with pytest.raises(QuernelError, match="torch can differentiate"):
-        layer_map(lambda z: (z > 0).double())[1](*gram())
+    with pytest.raises(QuernelError, match="differentiable by autograd"):
+        layer_map(lambda z: (z > 0).double())
     with pytest.raises(QuernelError, match="cross, left and right"):
         layer_map("tanh")[0](torch.ones(2, 2), torch.ones(3), torch.ones(2))
+
+
+@pytest.mark.parametrize(("name", "ends"), [("hardtanh", (-1.0, 1.0)), ("relu6", (0.0, 6.0)), ("hardswish", None)])
+def test_kinks_away_from_0_are_found(name, ends):
+    a, b, c, h = 2.0, 1.5, 0.7, 1e-4
+    value, slope = layer_map(getattr(torch.nn.functional, name))
+
+    def at(map_of, cross):
+        return float(map_of(*(torch.tensor(part, dtype=torch.float64) for part in ([[cross]], [a], [b]))))
+
+    # The slope in the covariance of E f(u) f(v) is E f'(u) f'(v).
+    assert (at(value, c + h) - at(value, c - h)) / (2 * h) == pytest.approx(at(slope, c), abs=1e-6)
+    if ends is not None:
+        # Slopes of 1 between the kinks and 0 outside: the probability of a square.
+        joint = stats.multivariate_normal([0, 0], [[a, c], [c, b]])
+        square = joint.cdf([ends[1]] * 2, lower_limit=[ends[0]] * 2)
+        assert at(slope, c) == pytest.approx(square, abs=1e-6)

@@ -10,6 +10,7 @@ from quernel._errors import FormatError, QuernelError
 from quernel.kernels import RandomFourierFeatures, ReducedMeanEmbedding, WeightedRKME, encoder_fingerprint
 from quernel.kernels import _mean_targets as targets
 from quernel.kernels._mean_targets import CosineTarget, GaussianTarget, alternate, best_weights, mean_target
+from quernel.sketch import dp
 from tests.reference import rkme_model_search as oracle
 
 GAMMA = 0.3
@@ -181,10 +182,28 @@ def released(x, features, noise, seed=0):
     return features.transform(x).mean(0) + noise * draw.standard_normal(features.n_features)
 
 
+PURE = {"epsilon": 2.0, "neighbours": "replace"}
+
+
+def test_a_real_release_goes_through_with_its_terms():
+    x, public = rows(2000), rows(200, seed=9)
+    features = RandomFourierFeatures(64, gamma=GAMMA, random_state=0).fit(x[:1])
+    ledger = dp.PrivacyLedger(4.0, 1e-6)
+    release = dp.release_vector_sum(features.transform(x), epsilon=4.0, delta=1e-6, count_weight=0.1, ledger=ledger)
+    spec = ReducedMeanEmbedding.from_mean_features(release.mean, features, public, privacy=release.privacy, n_points=20)
+    assert spec.privacy == {"epsilon": 4.0, "delta": 1e-6, "neighbours": "add_remove"}
+    # The noise of the mean has a length of about 8 x 1.2 / 2000.
+    assert np.sqrt(spec.mmd2(made(x[:400], np.full(400, 1 / 400)))) < 0.15
+    options = {"epsilon": 4.0, "delta": 1e-6, "count_weight": 0.1, "insecure_noise_seed": 0}
+    insecure = dp.release_vector_sum(features.transform(x), **options)
+    with pytest.raises(QuernelError, match="its status is 'INSECURE"):
+        ReducedMeanEmbedding.from_mean_features(insecure.mean, features, public, privacy=insecure.privacy)
+
+
 def test_a_released_mean_makes_a_specification():
     x, public = rows(2000), rows(500, seed=9)
     features = RandomFourierFeatures(400, gamma=GAMMA, random_state=0).fit(x[:1])
-    privacy = {"epsilon": 1.0, "delta": 1e-6, "mechanism": "gaussian"}
+    privacy = {"epsilon": 1.0, "delta": 1e-6, "neighbours": "add_remove", "mechanism": "gaussian"}
     spec, noisy = (
         ReducedMeanEmbedding.from_mean_features(
             released(x, features, noise), features, public, privacy=privacy, n_points=30, encoder="e"
@@ -195,7 +214,11 @@ def test_a_released_mean_makes_a_specification():
     assert np.sqrt(spec.mmd2(truth)) < 0.08
     # What noise does to it is seen: the points answer to the released mean, not to the rows.
     assert spec.mmd2(truth) < noisy.mmd2(truth)
-    assert spec.privacy == {"epsilon": 1.0, "delta": 1e-6} and spec.error_ is None and spec.n_rows_ == 0
+    assert (
+        spec.privacy == {"epsilon": 1.0, "delta": 1e-6, "neighbours": "add_remove"}
+        and spec.error_ is None
+        and spec.n_rows_ == 0
+    )
     assert (spec.z[:, None] == public[None]).all(-1).any(1).all()
     assert ReducedMeanEmbedding(5, random_state=0).fit(x[:50]).privacy is None
 
@@ -203,18 +226,21 @@ def test_a_released_mean_makes_a_specification():
 def test_a_private_specification_is_saved(tmp_path):
     features = RandomFourierFeatures(64, gamma=GAMMA, random_state=0).fit(rows()[:1])
     spec = WeightedRKME.from_mean_features(
-        released(rows(), features, 0.0), features, rows(80, seed=3), privacy={"epsilon": 2.0}, n_points=6
+        released(rows(), features, 0.0), features, rows(80, seed=3), privacy=PURE, n_points=6
     )
     twin = load(spec.save(tmp_path))
-    assert twin.privacy == {"epsilon": 2.0, "delta": 0.0} and twin.mmd2(spec) == 0 and twin.u is None
+    assert twin.privacy == PURE | {"delta": 0.0} and twin.mmd2(spec) == 0 and twin.u is None
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"privacy": {}}, "privacy must say the epsilon"),
-        ({"privacy": {"epsilon": 0.0}}, "epsilon"),
-        ({"privacy": {"epsilon": 1.0, "delta": 1.0}}, "delta"),
+        ({"privacy": {}}, "privacy must say epsilon and neighbours"),
+        ({"privacy": PURE | {"epsilon": 0.0}}, "epsilon"),
+        ({"privacy": PURE | {"delta": 1.0}}, "delta"),
+        ({"privacy": PURE | {"neighbours": "all"}}, "neighbours"),
+        ({"privacy": PURE | {"status": "INSECURE: seeded"}}, "its status is 'INSECURE: seeded'"),
+        ({"feature_map": RandomFourierFeatures(64).fit(np.eye(2))}, "feature_map must have a number as gamma"),
         ({"mean": np.zeros(3)}, "mean must have shape"),
         ({"mean": np.full(64, np.nan)}, "mean holds NaN"),
         ({"feature_map": "rff"}, "feature_map must be RandomFourierFeatures"),
@@ -222,7 +248,7 @@ def test_a_private_specification_is_saved(tmp_path):
 )
 def test_errors_of_releases(change, message):
     features = RandomFourierFeatures(64, gamma=GAMMA, random_state=0).fit(rows()[:1])
-    options = {"mean": np.zeros(64), "feature_map": features, "candidates": rows(20), "privacy": {"epsilon": 1.0}}
+    options = {"mean": np.zeros(64), "feature_map": features, "candidates": rows(20), "privacy": PURE}
     with pytest.raises(QuernelError, match=message):
         ReducedMeanEmbedding.from_mean_features(**(options | change))
 

@@ -141,3 +141,9 @@ def test_bad_queries():
         spec.weights(np.ones(5), 0.0)
     with pytest.raises(ValueError, match="features"):
         spec.distance(np.ones((1, 4)))
+
+
+def test_prompts_in_the_place_of_y_are_refused():
+    x = np.random.default_rng(0).standard_normal((20, 2))
+    with pytest.raises(QuernelError, match="give these as prompts="):
+        WeightedRKME(3, gamma=0.5).fit(x, x)

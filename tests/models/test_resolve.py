@@ -164,7 +164,8 @@ def test_truncated_missing_or_foreign_weights(tmp_path: Path) -> None:
         ("toy_factory:absent", "has no function 'absent'"),
         ("toy_factory:number", "has no function 'number'"),
         ("toy_factory:wrong", r"must give an nn\.Module; got int"),
-        (":build", "cannot import ''"),
+        (":build", "'' of model ':build' is no name of a module"),
+        ("./nofolder:build", "'./nofolder' of model './nofolder:build' is no name of a module"),
     ],
 )
 def test_wrong_sources(source: str, message: str) -> None:

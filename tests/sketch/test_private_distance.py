@@ -9,6 +9,7 @@ import quernel
 from quernel._errors import BudgetExceeded, PrivacyError, QuernelError
 from quernel.sketch import PrivateDistanceSum, PublicDistanceSum, dp
 from quernel.sketch._count_trees import consistent_leaves, l1_coefficients, range_sums, shell_sums, tree_nodes
+from quernel.sketch._pair_kernels import projected
 from quernel.sketch.dp.noise import NoiseSource
 from quernel.testing import require_mean
 from tests.reference import private_kde as oracle
@@ -245,23 +246,33 @@ def test_rows_outside_are_moved_to_the_edge():
     np.testing.assert_array_equal(sums._exact[0], [1, 0, 0, 1])
 
 
-@pytest.mark.parametrize("dim", [2, 5, 50, 300])
-def test_a_row_s_leaves_do_not_depend_on_the_other_rows(dim):
+@pytest.mark.parametrize("dim", [2, 5, 50, 784])
+@pytest.mark.parametrize("n_axes", [1, 2, 8, 32])
+def test_a_row_is_projected_alike_in_any_company(dim, n_axes):
     draw = np.random.default_rng(dim)
-    rows = draw.uniform(0.0, 1.0, (67, dim))
-    make = lambda: PrivateDistanceSum("l2", low=0.0, high=1.0, leaves=2**16, insecure_noise_seed=0)  # noqa: E731
-    whole = make().partial_fit(rows)
-    alone = make()
-    for row in rows:
-        alone.partial_fit(row[None])
-    np.testing.assert_array_equal(whole._exact, alone._exact)
+    rows, axes = draw.uniform(size=(150, dim)), draw.standard_normal((n_axes, dim))
+    whole = projected(rows, axes)
+    np.testing.assert_allclose(whole, rows @ axes.T, rtol=1e-10, atol=1e-12)
+    np.testing.assert_array_equal(whole, np.concatenate([projected(row[None], axes) for row in rows]))
+    np.testing.assert_array_equal(whole[::-1], projected(rows[::-1], axes))
+    np.testing.assert_array_equal(whole[3:40], projected(rows[3:40], axes))
+    np.testing.assert_array_equal(whole, projected(np.asfortranarray(rows), axes))
 
 
 def test_a_merge_that_a_budget_would_not_see_is_refused():
     rows = np.full((5, 2), 0.5)
-    first, second = (PrivateDistanceSum("l1", low=0.0, high=1.0, insecure_noise_seed=0).partial_fit(rows) for _ in "ab")
+    first, second, third = (
+        PrivateDistanceSum("l1", low=0.0, high=1.0, insecure_noise_seed=0).partial_fit(rows) for _ in range(3)
+    )
     with pytest.raises(PrivacyError, match="count twice"):
         first.merge(first)
     second.release()
     with pytest.raises(PrivacyError, match="give both releases one PrivacyLedger"):
         first.merge(second)
+    first.merge(third)
+    with pytest.raises(PrivacyError, match="merged into another structure"):
+        third.release()
+    ledger = dp.PrivacyLedger(2.0)
+    first.release(ledger)
+    third.release(ledger)
+    assert ledger.epsilon_spent == pytest.approx(2.0)

@@ -61,6 +61,8 @@ def test_shards_are_the_whole_bit_for_bit(similarity):
     cut = zip(np.split(x, (5, 333)), np.split(y, (5, 333)), strict=True)
     parts = [make(similarity).partial_fit(a, b) for a, b in cut]
     merged = parts[0].merge(parts[1]).merge(parts[2]).release()
+    with pytest.raises(QuernelError, match="nothing was collected"):
+        parts[1].release()
     np.testing.assert_array_equal(merged.public_.values, whole.public_.values)
     np.testing.assert_array_equal(merged.public_.class_rows, whole.public_.class_rows)
 

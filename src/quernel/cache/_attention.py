@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 NAME = "quernel"
 _MARK = "_quernel_layer"
+NEVER_ASKED = (
+    "the attention function never asked this cache, so earlier tokens would be missing; run the model inside "
+    "`with quernel.cache.attention(model):`"
+)
 # What some models ask of their attention and the caches do not compute.
 _REFUSED = ("softcap", "sliding_window", "position_bias", "s_aux")
 # Models inside the block now; threads that generate share it with the one that entered.
@@ -81,10 +85,7 @@ def attention(model: Any) -> Iterator[None]:
 def check_inside() -> None:
     """Raise unless some model is inside the block: one outside would attend to its new tokens alone."""
     if not _inside:
-        raise QuernelError(
-            "the attention function never asked this cache, so earlier tokens would be missing; run the model "
-            "inside `with quernel.cache.attention(model):`"
-        )
+        raise QuernelError(NEVER_ASKED)
 
 
 def marked(key: Tensor, layer: CacheLayer) -> Tensor:

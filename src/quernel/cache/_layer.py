@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from quernel._errors import QuernelError
-from quernel.cache._attention import marked
+from quernel.cache._attention import NEVER_ASKED, marked
 
 # Queries of a later chunk are answered so many at a time: their mask has a byte for each key.
 _QUERIES = 256
@@ -129,10 +129,7 @@ class CacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._asked:
-            raise QuernelError(
-                "the attention function never asked this cache, so earlier tokens would be missing; run the model "
-                "inside `with quernel.cache.attention(model):`"
-            )
+            raise QuernelError(NEVER_ASKED)
         if len(key_states) != len(self.rows):
             raise QuernelError(f"this cache holds {len(self.rows)} sequences; got {len(key_states)}. Make a new one")
         self._asked = True

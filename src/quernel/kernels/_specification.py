@@ -34,6 +34,7 @@ class Specification:
     beta_: NDArray[np.float64]
     error_: float | None
     epsilon_: float | None
+    neighbours_: str | None
     delta_: float | None
     n_features_in_: int
 
@@ -50,12 +51,12 @@ class Specification:
         return self.beta_
 
     @property
-    def privacy(self) -> dict[str, float] | None:
+    def privacy(self) -> dict[str, float | str | None] | None:
         """What the released mean that the points were made from promises; None if they were made from the rows."""
         check_is_fitted(self, "z_")
         if self.epsilon_ is None:
             return None
-        return {"epsilon": self.epsilon_, "delta": 0.0 if self.delta_ is None else self.delta_}
+        return {"epsilon": self.epsilon_, "delta": self.delta_, "neighbours": self.neighbours_}
 
     def score_samples(self, X: ArrayLike) -> Floats:
         """Return the mean embedding at rows: sum_n beta_n k(z_n, x).
@@ -188,5 +189,5 @@ def check_points(spec: Specification) -> None:
     check_float("gamma_", spec.gamma_, low=0.0, open_low=True)
     if spec.beta_.dtype != np.float64 or abs(spec.beta_).sum() <= 0:
         raise QuernelError("beta_ must be float64 weights, not all 0")
-    if (spec.epsilon_ is None) != (spec.delta_ is None):
-        raise QuernelError("epsilon_ and delta_ must both be there, or neither")
+    if len({held is None for held in (spec.epsilon_, spec.delta_, spec.neighbours_)}) > 1:
+        raise QuernelError("epsilon_, delta_ and neighbours_ must all be there, or none")

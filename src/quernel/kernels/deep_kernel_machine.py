@@ -47,7 +47,7 @@ def _example_with(cls: type[DeepKernel]) -> dict[str, Any]:
     example=lambda: _example_with(DeepKernelRegressor),
 )
 class DeepKernelRegressor(RegressorMixin, DeepKernel):
-    """Gaussian-process regression whose kernel is learned layer by layer, with calibrated variances.
+    """Gaussian-process regression whose kernel is learned layer by layer, with predictive variances.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -135,6 +135,10 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         tags.target_tags.multi_output = True
         return tags
 
+    def _give_state(self) -> dict[str, Any]:
+        # Between query and fit there is nothing to keep: an integer random_state names the same rows again.
+        return super()._give_state() if hasattr(self, "coef_") else {}
+
     def __getstate__(self) -> Any:
         # The basis of the pool is as large as its features; a copy that only predicts needs none.
         state: Any = super().__getstate__()
@@ -190,9 +194,14 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         Parameters
         ----------
         X : array, shape (N, d)
-            The pool. If it is not that of the last ``query``, rows are drawn now.
+            The whole pool. If ``query`` was not asked, rows are drawn now.
         y : array, shape (s,), (s, q), (N,) or (N, q)
             A label for each row of ``query(X)``, in its order; or for every row of X, of which only those are read.
+
+        Raises
+        ------
+        QuernelError
+            If the labels are those of another pool's rows, as far as that can be seen.
         """
         self.check_params()
         whole = y is None or not hasattr(y, "__len__") or np.shape(X)[:1] == (len(cast(Any, y)),)
@@ -224,11 +233,15 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
 
     def _drawn(self, x: Floats, *, fresh: bool = True) -> tuple[EmpiricalSpace, Design]:
         """Return the space of the pool and a design: that of the last query where the pool is the same."""
-        digest = hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).hexdigest()
-        digest += repr((x.shape, str(x.dtype), sorted(self.get_params().items(), key=lambda item: item[0])))
-        held = getattr(self, "_queried", None)
-        if held is not None and held[0] == digest:
-            return held[1], held[2]
+        digest = _digest(x) + repr(sorted(self.get_params().items(), key=lambda item: item[0]))
+        held: _Query | None = getattr(self, "_queried", None)
+        if held is not None and held.pool == digest:
+            return held.space, held.design
+        if held is not None and (not fresh or held.rows == _digest(x)):
+            raise QuernelError(
+                "X must be the whole pool that query was asked for, in its order and with the same parameters: labels "
+                "belong to its rows. Call query(X) again for another pool"
+            )
         if not fresh and not isinstance(self.random_state, int | np.integer):
             raise QuernelError(
                 "y has labels of chosen rows, but query(X) was not asked for this X, so that which rows they are is "
@@ -245,7 +258,7 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         sampler = VolumeSampler(space, self.method, n=n, delta=self.delta)
         design = sampler.sample(self.random_state)
         # What fit goes on with; no part of the fitted model, so it is not saved.
-        self._queried = (digest, space, design)
+        self._queried = _Query(digest, _digest(x[design.rows]), space, design)
         return space, design
 
     def _take_fit(self, dtype: Any, single: bool, space: EmpiricalSpace, design: Design, coef: Floats) -> None:
@@ -258,3 +271,16 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         self.gram_min_ = float(design.gram_min)
         self.unbiased_ = design.unbiased
         self.single_target_ = single
+
+
+class _Query(NamedTuple):
+    """What a query drew: digests of pool with parameters and of the rows alone, the space and the design."""
+
+    pool: str
+    rows: str
+    space: EmpiricalSpace
+    design: Design
+
+
+def _digest(x: Floats) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).hexdigest() + repr((x.shape, str(x.dtype)))

@@ -7,6 +7,7 @@ draws from nu with density |phi(x)|^2/m to mu (leverage scores, if X is finite).
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -25,6 +26,8 @@ Array = NDArray[np.float64]
 INDEX_SETS = ("total", "hyperbolic")
 # Draws and standard errors of the moment test: 8 of them are a false alarm in 1e15.
 _MOMENT_DRAWS, _MOMENT_ERRORS = 4096, 8.0
+# Their Gram matrix would have 10^10 numbers.
+_MOST_FUNCTIONS = 100_000
 # Rounding of coordinates that were scaled into the cube.
 _OUTSIDE = 1e-9
 
@@ -90,7 +93,13 @@ class _TensorSpace(ABC):
         self.degree = check_int("degree", degree, low=0)
         self.dim = check_int("dim", dim, low=1)
         self.index_set = check_choice("index_set", index_set, INDEX_SETS)
-        self.indices = self._columns(np.array(list(_orders(self.degree, self.dim, index_set == "total")), np.int64))
+        orders = list(itertools.islice(_orders(self.degree, self.dim, index_set == "total"), _MOST_FUNCTIONS + 1))
+        if len(orders) > _MOST_FUNCTIONS:
+            raise QuernelError(
+                f"degree={degree} in dim={dim} gives more than {_MOST_FUNCTIONS:,} functions, too many to fit; lower "
+                'it, or take index_set="hyperbolic"'
+            )
+        self.indices = self._columns(np.array(orders, np.int64))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.degree}, {self.dim}, index_set={self.index_set!r})"

@@ -19,6 +19,7 @@ from quernel._errors import QuernelError
 from quernel._validate import check_choice
 from quernel.kernels.gaussian_averages import Function, gaussian_average, gaussian_product_average
 from quernel.kernels.grams import arc_cosine_gram, coincident, erf_gram, erf_slope_gram
+from quernel.kernels.theory.activations import as_activation
 
 LayerMap = Callable[[Tensor, Tensor, Tensor], Tensor]
 PairMap = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -44,8 +45,8 @@ def layer_map(activation: ActivationName | Function) -> tuple[LayerMap, LayerMap
     Parameters
     ----------
     activation : str or callable
-        A key of ``ACTIVATIONS``, or an elementwise function of tensors that torch can differentiate; it may have kinks
-        at 0.
+        A key of ``ACTIVATIONS``, or an elementwise function of tensors that torch can differentiate; its kinks are
+        found by ``quernel.kernels.theory.as_activation``.
 
     Returns
     -------
@@ -56,7 +57,7 @@ def layer_map(activation: ActivationName | Function) -> tuple[LayerMap, LayerMap
     Raises
     ------
     QuernelError
-        If the name is unknown; when called, if shapes do not fit.
+        If the name is unknown or the function is none that can be averaged; when called, if shapes do not fit.
 
     Notes
     -----
@@ -72,7 +73,8 @@ def layer_map(activation: ActivationName | Function) -> tuple[LayerMap, LayerMap
     (0.5, 0.5)
     """
     if callable(activation):
-        return _by_quadrature(activation)
+        known = as_activation(activation)
+        return _by_quadrature(known.function, known.kinks)
     name = check_choice("activation", activation, tuple(ACTIVATIONS))
     if name == "relu":
         return (
@@ -112,7 +114,8 @@ def variance_map(activation: ActivationName | Function) -> Callable[[Tensor], Te
     [1.0]
     """
     if callable(activation):
-        return functools.partial(_square_average, activation)
+        known = as_activation(activation)
+        return functools.partial(_square_average, known.function, known.kinks)
     name = check_choice("activation", activation, tuple(ACTIVATIONS))
     if name == "relu":
         return lambda variance: variance / 2
@@ -120,7 +123,7 @@ def variance_map(activation: ActivationName | Function) -> Callable[[Tensor], Te
         return lambda variance: (2 / torch.pi) * (2 * variance / (1 + 2 * variance)).arcsin()
     if name == "identity":
         return torch.clone
-    return functools.partial(_square_average, ACTIVATIONS[name])
+    return functools.partial(_square_average, ACTIVATIONS[name], ())
 
 
 def _relu_pair(cross: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,32 +141,27 @@ def _relu_pair(cross: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tens
     return value, slope
 
 
-def _by_quadrature(f: Function) -> tuple[LayerMap, LayerMap]:
-    return functools.partial(_average, f), functools.partial(_average, _slope_of(f))
+def _by_quadrature(f: Function, kinks: tuple[float, ...] = ()) -> tuple[LayerMap, LayerMap]:
+    return functools.partial(_average, f, kinks), functools.partial(_average, _slope_of(f), kinks)
 
 
-def _average(f: Function, cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _average(f: Function, kinks: tuple[float, ...], cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if cross.shape != (*left.shape, right.shape[-1]) or left.shape[:-1] != right.shape[:-1]:
         raise QuernelError(
             "cross, left and right must have shapes (*batch, n, m), (*batch, n) and (*batch, m); "
             f"got {tuple(cross.shape)}, {tuple(left.shape)}, {tuple(right.shape)}"
         )
-    return gaussian_product_average(f, f, left[..., :, None], right[..., None, :], cross).to(cross.dtype)
+    return gaussian_product_average(f, f, left[..., :, None], right[..., None, :], cross, kinks).to(cross.dtype)
 
 
-def _square_average(f: Function, variance: Tensor) -> Tensor:
-    return gaussian_average(lambda z: f(z).square(), variance).to(variance.dtype)
+def _square_average(f: Function, kinks: tuple[float, ...], variance: Tensor) -> Tensor:
+    return gaussian_average(lambda z: f(z).square(), variance, kinks).to(variance.dtype)
 
 
 def _slope_of(f: Function) -> Function:
     def slope(z: Tensor) -> Tensor:
         with torch.enable_grad():
             given = z if z.requires_grad else z.detach().requires_grad_()
-            values = f(given)
-            if not isinstance(values, Tensor) or not values.requires_grad:
-                raise QuernelError(
-                    "activation must be a function that torch can differentiate, not a step or a constant"
-                )
-            return torch.autograd.grad(values.sum(), given, create_graph=z.requires_grad)[0]
+            return torch.autograd.grad(f(given).sum(), given, create_graph=z.requires_grad)[0]
 
     return slope

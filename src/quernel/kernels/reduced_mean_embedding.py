@@ -22,7 +22,7 @@ from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
 from quernel._random import Seed, generator
 from quernel._registry import register
-from quernel._validate import check_bool, check_finite, check_float, check_int, check_type
+from quernel._validate import check_bool, check_choice, check_finite, check_float, check_int, check_type
 from quernel.kernels._mean_targets import Floats, MeanTarget, alternate, best_weights, mean_target
 from quernel.kernels._random_features import FLOATS
 from quernel.kernels._specification import Specification, check_kernel, check_points
@@ -36,6 +36,10 @@ _LLOYD = 20
 
 Kernel = Literal["gaussian", "cosine"]
 Progress = Callable[[str, float], None]
+
+
+# What a release may be private against; see ``quernel.sketch.dp``.
+NEIGHBOURS = ("add_remove", "replace")
 
 
 def _example() -> dict[str, Any]:
@@ -89,6 +93,7 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
     n_rows_ : int
         Rows that are summarised, 0 where that is private.
     epsilon_, delta_ : float or None
+    neighbours_ : {"add_remove", "replace"} or None
         Of the release that the points were made from (``from_mean_features``).
 
     References
@@ -113,6 +118,7 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
         "n_rows_": "int",
         "epsilon_": "float ?",
         "delta_": "float ?",
+        "neighbours_": "text ?",
     }
 
     def __init__(
@@ -196,11 +202,12 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
         mean : array, shape (n_features,)
             The released mean of ``feature_map.transform`` over the rows, with its noise.
         feature_map : RandomFourierFeatures
-            Fitted without the rows; its gamma is that of the summary.
+            Fitted without the rows, with a number as gamma, which is that of the summary too.
         candidates : array, shape (m, d)
             Public rows, m >= n_points.
         privacy : mapping
-            "epsilon" > 0 and "delta" in [0, 1) of the release; recorded in ``epsilon_`` and ``delta_``.
+            Of the release, as that of ``quernel.sketch.dp.release_vector_sum``: "epsilon" > 0, "delta" in [0, 1) and
+            "neighbours" are recorded; a "status" other than "private" is refused.
         n_points : int, default=50
         encoder : str, default=""
 
@@ -213,13 +220,21 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
         Raises
         ------
         QuernelError
-            If ``privacy`` does not say epsilon, or shapes do not fit.
+            If ``privacy`` does not say what it must, its noise was not private, the width of the kernel may come from
+            the rows, or shapes do not fit.
         """
         check_type("feature_map", feature_map, RandomFourierFeatures)
         check_is_fitted(feature_map)
         terms = check_type("privacy", privacy, Mapping)
-        if "epsilon" not in terms:
-            raise QuernelError(f"privacy must say the epsilon of the release; got {sorted(terms)}")
+        if not {"epsilon", "neighbours"} <= set(terms):
+            raise QuernelError(f"privacy must say epsilon and neighbours of the release; got {sorted(terms)}")
+        if terms.get("status", "private") != "private":
+            raise QuernelError(f"privacy must be that of a private release; its status is {terms['status']!r}")
+        if isinstance(feature_map.gamma, str):
+            raise QuernelError(
+                f"feature_map must have a number as gamma; got {feature_map.gamma!r}, which comes from the rows it was "
+                "fitted to"
+            )
         made = cls(n_points, gamma=float(feature_map.gamma_), encoder=encoder)
         made.check_params()
         rows = validate_data(made, candidates, dtype=FLOATS)
@@ -236,6 +251,7 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
         made._keep(rows[chosen], beta, [float((beta @ picked - torch.from_numpy(target)).square().sum())])
         made.gamma_, made.error_, made.n_rows_ = float(feature_map.gamma_), None, 0
         made.epsilon_ = check_float("privacy['epsilon']", terms["epsilon"], low=0.0, open_low=True)
+        made.neighbours_ = check_choice("privacy['neighbours']", terms["neighbours"], NEIGHBOURS)
         made.delta_ = check_float("privacy['delta']", terms.get("delta", 0.0), low=0.0, high=1.0, open_high=True)
         return made
 
@@ -256,7 +272,7 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
         self._keep(target.outside(z).astype(x.dtype), beta, history)
         # Of numbers whose difference may be all rounding; a squared distance is not negative.
         self.error_ = max(0.0, history[-1]) if self.measure_error else None
-        self.n_rows_, self.epsilon_, self.delta_ = len(x), None, None
+        self.n_rows_, self.epsilon_, self.delta_, self.neighbours_ = len(x), None, None, None
         return assignment
 
     def _keep(self, z: Floats, beta: Tensor, history: list[float]) -> None:

@@ -9,7 +9,7 @@ Only the part of the outputs that answers the user's prompt is compared; without
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -109,6 +109,8 @@ class WeightedRKME(ReducedMeanEmbedding):
             ``progress(message, fraction)`` after each round.
         """
         self.check_params()
+        if prompts is None and np.ndim(cast(Any, y)) == 2:
+            raise QuernelError("y is not used, and has the shape of prompts; give these as prompts=")
         x = validate_data(self, X, dtype=FLOATS)
         held = None if prompts is None else _unit_prompts("prompts", prompts, len(x))
         self._reduce(x, progress)

@@ -121,6 +121,10 @@ def _from_transformers(folder: Path) -> nn.Module:
 
 def _from_factory(text: str) -> nn.Module:
     module_name, _, factory_name = text.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise QuernelError(
+            f"{module_name!r} of model {text!r} is no name of a module; write package.module:function, without a path"
+        )
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:

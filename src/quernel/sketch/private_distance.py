@@ -27,6 +27,7 @@ from quernel._registry import register
 from quernel._validate import check_bool, check_choice, check_finite, check_float, check_int
 from quernel.kernels.features import orthogonal_directions
 from quernel.sketch._count_trees import centres_below, consistent_leaves, l1_coefficients, shell_sums, tree_nodes
+from quernel.sketch._pair_kernels import projected
 from quernel.sketch.dp.domain import ROUNDING, Box, checked_rows
 from quernel.sketch.dp.mechanism import Neighbours, Sensitivity
 from quernel.sketch.dp.noise import Integers
@@ -323,8 +324,7 @@ class PrivateDistanceSum(PrivateStructure):
 
     def _leaves_of(self, rows: Floats) -> Integers:
         low, width, projection = tree_axes(self)
-        # Row by row: a BLAS product rounds a row by its neighbours, and another leaf would be beyond the sensitivity.
-        points = rows if projection is None else np.stack([(rows * axis).sum(1) for axis in projection], 1)
+        points = rows if projection is None else projected(rows, projection)
         places = np.clip(np.floor((points - low) / width), 0, self.leaves - 1).astype(np.int64)
         flat = (places + np.arange(self._n_trees) * self.leaves).ravel()
         return np.bincount(flat, minlength=self._n_trees * self.leaves).reshape(self._n_trees, self.leaves)

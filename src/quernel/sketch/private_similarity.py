@@ -304,11 +304,15 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def merge(self, other: Self) -> Self:
-        """Add the rows that another unreleased classifier of the same settings has collected."""
+        """Take over the rows that another unreleased classifier of the same settings has collected.
+
+        The parts must be of different records. ``other`` has no rows afterwards, so that they are paid for once.
+        """
         for each, name in ((self, "self"), (other, "other")):
             if "_collected" not in vars(each):
                 raise QuernelError(f"{name} has collected no rows; give it some with partial_fit")
         self._collected.merge(other._collected)
+        del other._collected
         return self
 
     def release(self, ledger: PrivacyLedger | None = None) -> Self:

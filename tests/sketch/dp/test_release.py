@@ -74,7 +74,18 @@ def test_a_release_says_what_it_is_and_survives_saving(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"epsilon": -1.0}, {"scale": 0.0}, {"neighbours": "none"}, {"mechanism": "none"}, {"extra": 1}]
+    "change",
+    [
+        {"epsilon": -1.0},
+        {"scale": 0.0},
+        {"neighbours": "none"},
+        {"mechanism": "none"},
+        {"extra": 1},
+        {"epsilon": 0.9},
+        {"scale": 1e-9},
+        {"status": "fine"},
+        {"discrete": False, "status": "private"},
+    ],
 )
 def test_a_file_that_promises_what_cannot_be_is_refused(change, tmp_path):
     release = dp.release_vector_sum(rows(), epsilon=1.0, **SEEDED)
@@ -271,3 +282,19 @@ def test_exact_bounds_stay_what_they_are(squared):
 def test_errors(call, message):
     with pytest.raises(QuernelError, match=message):
         call()
+
+
+def test_a_ledger_is_kept_as_text_and_never_twice():
+    ledger = dp.PrivacyLedger(1.0)
+    dp.release_vector_sum(rows(), epsilon=1.0, ledger=ledger, **SEEDED)
+    for copied in (copy.copy, copy.deepcopy):
+        with pytest.raises(PrivacyError, match="budget would exist twice"):
+            copied(ledger)
+    assert dp.PrivacyLedger.from_json(ledger.to_json()).epsilon_spent == ledger.epsilon_spent
+
+
+def test_a_ledger_without_delta_says_what_gaussian_noise_needs():
+    with pytest.raises(BudgetExceeded, match=r"Give the ledger a delta, e\.g\. PrivacyLedger\(5, 1e-6\)"):
+        dp.release_vector_sum(
+            rows(), epsilon=1.0, delta=1e-6, mechanism="gaussian", ledger=dp.PrivacyLedger(5.0), **SEEDED
+        )

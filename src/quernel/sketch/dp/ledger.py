@@ -46,7 +46,10 @@ class PrivacyLedger:
     Notes
     -----
     One ledger belongs to one data set: also to its subsets, supersets and later versions, since a record may be in all
-    of them. Safe to share between threads.
+    of them. Safe to share between threads. It cannot be copied, since its budget would exist twice; ``to_json`` and
+    ``from_json`` keep it from one process to the next. Sums of pure releases and of the mu^2 of Gaussian ones hold
+    whatever later releases depend on; totals of both kinds together hold for releases that were planned beforehand,
+    not for an epsilon that was chosen after looking at an answer.
 
     Examples
     --------
@@ -101,6 +104,11 @@ class PrivacyLedger:
         with self._lock:
             held = [s.mechanism for s in self._spent]
             if not self._fits([*held, mechanism]):
+                if self.delta == 0 and mechanism.mu is not None:
+                    raise BudgetExceeded(
+                        f"{label or 'a release'} has Gaussian noise, which no epsilon covers at delta=0. Give the "
+                        f"ledger a delta, e.g. PrivacyLedger({self.epsilon:g}, 1e-6), or the structure delta=0"
+                    )
                 raise BudgetExceeded(
                     f"{label or 'a release'} needs epsilon={mechanism.epsilon(self.delta):.4g} (delta={self.delta:g}); "
                     f"of the budget epsilon={self.epsilon:g}, {total_epsilon(held, self.delta):.4g} is spent on "
@@ -129,6 +137,9 @@ class PrivacyLedger:
             rest = {name: field for name, field in release.items() if name != "label"}
             ledger.spend(Mechanism(**rest), release["label"])
         return ledger
+
+    def __getstate__(self) -> Any:
+        raise PrivacyError("a ledger cannot be copied or pickled: its budget would exist twice. Use to_json()")
 
     def __repr__(self) -> str:
         return (

@@ -28,6 +28,10 @@ _DESCRIPTION = {
     "status",
 }  # fmt: skip
 INSECURE = "INSECURE: the noise was drawn with a seed and can be subtracted"
+UNSAFE = "UNSAFE FLOAT"
+STATUSES = ("private", INSECURE, UNSAFE)
+# Sensitivity and scale are written in units of the contributions: dividing them by the grain again rounds.
+_ROUNDED = 1e-9
 
 
 class PrivateStructure(ABC):
@@ -47,7 +51,9 @@ class PrivateStructure(ABC):
     def __init__(self, terms: PrivacyTerms) -> None:
         self.terms = check_type("terms", terms, PrivacyTerms)
         self._noise = NoiseSource(terms.insecure_noise_seed)
-        self._own: PrivacyLedger | None = None
+        self._own = PrivacyLedger(terms.epsilon, terms.delta, neighbours=terms.neighbours)
+        # Whether another structure holds these rows too, so that a budget of one's own sees only some releases.
+        self._shared = False
 
     @abstractmethod
     def partial_fit(self, X: Any, y: Any = None) -> Self:
@@ -85,6 +91,9 @@ class PrivateStructure(ABC):
     def merge(self, other: Self) -> Self:
         """Add another structure's rows, in place; returns the structure itself.
 
+        The parts must be of different records: one that is in both counts twice, and no release could know. ``other``
+        stays, but can be released with an explicit ledger only, the one that this structure's releases use.
+
         Raises
         ------
         QuernelError
@@ -100,12 +109,13 @@ class PrivateStructure(ABC):
             raise QuernelError(f"other must have the same settings to be merged; it has {', '.join(apart)}")
         if other is self:
             raise PrivacyError("other must be another structure: each record would count twice")
-        if other._own is not None:
+        if other._own.spendings:
             raise PrivacyError(
                 "other was released under a budget of its own, which this one's release would not know of; give both "
                 "releases one PrivacyLedger"
             )
         self._add(other)
+        other._shared = True
         return self
 
     def mechanism(self) -> Mechanism:
@@ -131,10 +141,15 @@ class PrivateStructure(ABC):
         ------
         BudgetExceeded
             If the ledger does not reach, e.g. for a second release.
+        PrivacyError
+            Without a ledger, if the rows were merged into another structure.
         """
         if ledger is None:
-            if self._own is None:
-                self._own = PrivacyLedger(self.terms.epsilon, self.terms.delta, neighbours=self.terms.neighbours)
+            if self._shared:
+                raise PrivacyError(
+                    "these rows were merged into another structure, whose releases a budget of this one's own would "
+                    "not know of; give release() the ledger of the data set"
+                )
             ledger = self._own
         check_type("ledger", ledger, PrivacyLedger)
         mechanism, sums = self.mechanism(), self._sums()
@@ -166,7 +181,7 @@ class PrivateStructure(ABC):
             "n_coords": mechanism.n_coords,
             "grain": self.grain,
             "rho": mechanism.rho,
-            "status": INSECURE if self._noise.insecure else "private" if mechanism.discrete else "UNSAFE FLOAT",
+            "status": INSECURE if self._noise.insecure else "private" if mechanism.discrete else UNSAFE,
         }
 
 
@@ -180,19 +195,30 @@ class PublicRelease(ArrayFolder):
     @property
     def noise_std(self) -> float:
         """Standard deviation of the noise in a fixed direction of unit length, in units of the contributions."""
+        return self._mechanism.std * float(self.privacy["grain"])
+
+    @property
+    def _mechanism(self) -> Mechanism:
         p = self.privacy
-        held = Mechanism(
+        return Mechanism(
             p["mechanism"], p["sensitivity"] / p["grain"], p["scale"] / p["grain"], p["n_coords"], p["neighbours"],
             p["discrete"],
         )  # fmt: skip
-        return held.std * float(p["grain"])
 
     def _check_contents(self) -> None:
         """Check that a file says what was promised, and that the noise it names can be."""
         if not isinstance(self.privacy, dict) or set(self.privacy) != _DESCRIPTION:
             raise FormatError(f"privacy must have {sorted(_DESCRIPTION)}; got {self.privacy!r}")
-        PrivacyTerms(self.privacy["epsilon"], self.privacy["delta"], self.privacy["neighbours"])
+        p = self.privacy
+        PrivacyTerms(p["epsilon"], p["delta"], p["neighbours"])
         check_float("noise_std", self.noise_std, low=0.0, open_low=True)
+        held = self._mechanism
+        if held.epsilon(p["delta"]) > p["epsilon"] * (1 + _ROUNDED):
+            raise FormatError(
+                f"privacy promises epsilon={p['epsilon']:g}; its noise gives {held.epsilon(p['delta']):.4g}"
+            )
+        if p["status"] not in STATUSES or (p["status"] == "private" and not p["discrete"]):
+            raise FormatError(f"privacy says status={p['status']!r}, which its mechanism is not")
 
     def __repr__(self) -> str:
         p = self.privacy
