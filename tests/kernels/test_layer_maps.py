@@ -6,7 +6,8 @@ from scipy import stats
 
 from quernel._errors import QuernelError
 from quernel.kernels.gaussian_averages import gaussian_product_average
-from quernel.kernels.layer_maps import ACTIVATIONS, layer_map, pair_map, variance_map
+from quernel.kernels.layer_maps import layer_map, pair_map, variance_map
+from quernel.kernels.theory.activations import ACTIVATIONS, as_activation
 from quernel.testing import require_mean
 
 
@@ -38,16 +39,16 @@ def test_values_are_means_of_draws_and_slopes_their_derivative_in_the_covariance
     torch.testing.assert_close(slope_map(cross, left, right), change / (2 * step), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["relu", "erf", "identity"])
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "erf", "linear"])
 def test_closed_forms_equal_quadrature(name):
     cross, left, right = gram()
-    value_map, slope_map = layer_map(name)
-    by_sums = layer_map(lambda z: ACTIVATIONS[name](z))
-    torch.testing.assert_close(value_map(cross, left, right), by_sums[0](cross, left, right), rtol=1e-7, atol=1e-8)
-    torch.testing.assert_close(slope_map(cross, left, right), by_sums[1](cross, left, right), rtol=1e-7, atol=1e-8)
+    act = as_activation(name)
+    for closed, f in zip(layer_map(name), (act, act.slope), strict=True):
+        by_sums = gaussian_product_average(f, f, left[:, None], right[None, :], cross)
+        torch.testing.assert_close(closed(cross, left, right), by_sums, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["relu", "erf", "identity", "tanh"])
+@pytest.mark.parametrize("name", ["relu", "erf", "identity", "tanh", "leaky_relu"])
 def test_both_at_once_are_each_alone(name):
     cross, left, right = gram()
     value, slope = pair_map(name)(cross, left, right)
@@ -104,8 +105,8 @@ def test_a_function_of_yours_is_taken():
 
 
 def test_bad_activations_and_shapes_are_refused():
-    with pytest.raises(QuernelError, match=r"activation must be one of .*'relu'"):
-        layer_map("swish")
+    with pytest.raises(QuernelError, match="activation must be a callable or one of .*relu"):
+        layer_map("no such")
     with pytest.raises(QuernelError, match="differentiable by autograd"):
         layer_map(lambda z: (z > 0).double())
     with pytest.raises(QuernelError, match="cross, left and right"):

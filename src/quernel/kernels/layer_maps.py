@@ -1,52 +1,38 @@
 """What one layer of infinite width does to a kernel: E[f(u) f(v)] and E[f'(u) f'(v)] for an activation f.
 
-Both are maps of inner products and squared lengths, as the kernels of ``grams``: (u, v) is Gaussian with the
-covariance [[left, cross], [cross, right]]. ReLU, erf and the identity in closed form, everything else by quadrature
-(11,520 evaluations of f a pair). Recursions over layers, of the NNGP kernel, the NTK or others, are made of these.
+Both are maps of inner products and squared lengths, as the kernels of ``grams``: (u, v) is Gaussian with the covariance
+[[left, cross], [cross, right]]. What is linear on both sides of 0 (ReLU, leaky ReLU, the identity) and erf in closed
+form, everything else by quadrature (11,520 evaluations of f a pair). Recursions over layers, of the NNGP kernel, the
+NTK or others, are made of these.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from quernel._errors import QuernelError
-from quernel._validate import check_choice
 from quernel.kernels.gaussian_averages import Function, gaussian_average, gaussian_product_average
 from quernel.kernels.grams import arc_cosine_gram, coincident, erf_gram, erf_slope_gram
-from quernel.kernels.theory.activations import as_activation
+from quernel.kernels.theory.activations import Activation, as_activation
 
 LayerMap = Callable[[Tensor, Tensor, Tensor], Tensor]
 PairMap = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-ActivationName = Literal["cos", "erf", "gelu", "identity", "relu", "sigmoid", "silu", "sin", "softplus", "tanh"]
 
-ACTIVATIONS: Mapping[str, Function] = {
-    "cos": torch.cos,
-    "erf": torch.erf,
-    "gelu": F.gelu,
-    "identity": lambda z: z,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "sin": torch.sin,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-}
+_RELU = (0.0, 1.0)
 
 
-def layer_map(activation: ActivationName | Function) -> tuple[LayerMap, LayerMap]:
+def layer_map(activation: str | Function | Activation) -> tuple[LayerMap, LayerMap]:
     """Return the value map E[f(u) f(v)] and the slope map E[f'(u) f'(v)] of an activation.
 
     Parameters
     ----------
-    activation : str or callable
-        A key of ``ACTIVATIONS``, or an elementwise function of tensors that torch can differentiate; its kinks are
-        found by ``quernel.kernels.theory.as_activation``.
+    activation : str, callable or Activation
+        What ``quernel.kernels.theory.as_activation`` takes: a name, or an elementwise function of tensors that torch
+        can differentiate. Its kinks are found.
 
     Returns
     -------
@@ -72,23 +58,15 @@ def layer_map(activation: ActivationName | Function) -> tuple[LayerMap, LayerMap
     >>> float(value(torch.ones(1, 1).double(), one, one)), float(slope(torch.ones(1, 1).double(), one, one))
     (0.5, 0.5)
     """
-    if callable(activation):
-        known = as_activation(activation)
-        return _by_quadrature(known.function, known.kinks)
-    name = check_choice("activation", activation, tuple(ACTIVATIONS))
-    if name == "relu":
-        return (
-            lambda cross, left, right: arc_cosine_gram(cross, left, right) / 2,
-            lambda cross, left, right: arc_cosine_gram(cross, left, right, order=0) / 2,
-        )
-    if name == "erf":
+    known = as_activation(activation)
+    if known.slopes is not None:
+        return _linear_sides(*known.slopes)
+    if known.function is torch.erf:
         return erf_gram, erf_slope_gram
-    if name == "identity":
-        return (lambda cross, left, right: cross.clone()), (lambda cross, left, right: torch.ones_like(cross))
-    return _by_quadrature(ACTIVATIONS[name])
+    return tuple(functools.partial(_average, f, known.kinks) for f in (known, known.slope))  # type: ignore[return-value]
 
 
-def pair_map(activation: ActivationName | Function, *, slopes: bool = True) -> PairMap:
+def pair_map(activation: str | Function | Activation, *, slopes: bool = True) -> PairMap:
     """Return ``(cross, left, right) -> (value, slope)``: the two maps of ``layer_map`` at once, without gradients.
 
     ReLU needs the angle for both and takes it once, in place. Without ``slopes`` the second is None.
@@ -99,13 +77,13 @@ def pair_map(activation: ActivationName | Function, *, slopes: bool = True) -> P
     >>> [float(k) for k in pair_map("relu")(torch.ones(1, 1).double(), one, one)]
     [0.5, 0.5]
     """
-    if isinstance(activation, str) and activation == "relu":
+    if as_activation(activation).slopes == _RELU:
         return _relu_pair if slopes else lambda *gram: (_relu_pair(*gram)[0], None)
     value_map, slope_map = layer_map(activation)
     return lambda *gram: (value_map(*gram), slope_map(*gram) if slopes else None)
 
 
-def variance_map(activation: ActivationName | Function) -> Callable[[Tensor], Tensor]:
+def variance_map(activation: str | Function | Activation) -> Callable[[Tensor], Tensor]:
     """Return ``variance -> E[f(z)^2]``, z ~ N(0, variance): the value map between points and themselves.
 
     Examples
@@ -113,17 +91,24 @@ def variance_map(activation: ActivationName | Function) -> Callable[[Tensor], Te
     >>> variance_map("relu")(torch.tensor([2.0])).tolist()
     [1.0]
     """
-    if callable(activation):
-        known = as_activation(activation)
-        return functools.partial(_square_average, known.function, known.kinks)
-    name = check_choice("activation", activation, tuple(ACTIVATIONS))
-    if name == "relu":
-        return lambda variance: variance / 2
-    if name == "erf":
+    known = as_activation(activation)
+    if known.slopes is not None:
+        gain = (known.slopes[0] ** 2 + known.slopes[1] ** 2) / 2
+        return lambda variance: gain * variance
+    if known.function is torch.erf:
         return lambda variance: (2 / torch.pi) * (2 * variance / (1 + 2 * variance)).arcsin()
-    if name == "identity":
-        return torch.clone
-    return functools.partial(_square_average, ACTIVATIONS[name], ())
+    return functools.partial(_square_average, known)
+
+
+def _linear_sides(below: float, above: float) -> tuple[LayerMap, LayerMap]:
+    """Return the maps of f(z) = below z + (above - below) relu(z), by E[u relu(v)] = E[u v] / 2."""
+    even, step = below * above, (above - below) ** 2 / 2
+    if step == 0:
+        return (lambda cross, left, right: even * cross), (lambda cross, left, right: torch.full_like(cross, even))
+    return (
+        lambda cross, left, right: even * cross + step * arc_cosine_gram(cross, left, right),
+        lambda cross, left, right: even + step * arc_cosine_gram(cross, left, right, order=0),
+    )
 
 
 def _relu_pair(cross: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,10 +126,6 @@ def _relu_pair(cross: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tens
     return value, slope
 
 
-def _by_quadrature(f: Function, kinks: tuple[float, ...] = ()) -> tuple[LayerMap, LayerMap]:
-    return functools.partial(_average, f, kinks), functools.partial(_average, _slope_of(f), kinks)
-
-
 def _average(f: Function, kinks: tuple[float, ...], cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if cross.shape != (*left.shape, right.shape[-1]) or left.shape[:-1] != right.shape[:-1]:
         raise QuernelError(
@@ -154,14 +135,5 @@ def _average(f: Function, kinks: tuple[float, ...], cross: Tensor, left: Tensor,
     return gaussian_product_average(f, f, left[..., :, None], right[..., None, :], cross, kinks).to(cross.dtype)
 
 
-def _square_average(f: Function, kinks: tuple[float, ...], variance: Tensor) -> Tensor:
-    return gaussian_average(lambda z: f(z).square(), variance, kinks).to(variance.dtype)
-
-
-def _slope_of(f: Function) -> Function:
-    def slope(z: Tensor) -> Tensor:
-        with torch.enable_grad():
-            given = z if z.requires_grad else z.detach().requires_grad_()
-            return torch.autograd.grad(f(given).sum(), given, create_graph=z.requires_grad)[0]
-
-    return slope
+def _square_average(known: Activation, variance: Tensor) -> Tensor:
+    return gaussian_average(lambda z: known(z).square(), variance, known.kinks).to(variance.dtype)

@@ -204,7 +204,7 @@ def test_a_kernel_is_a_parameter(tmp_path):
     ("options", "message"),
     [
         ({"depth": -1}, "depth must be an integer"),
-        ({"activation": "swish"}, "activation must be one of"),
+        ({"activation": "no such"}, "activation must be a callable or one of"),
         ({"sigma_w": 0.0}, "sigma_w must be a finite number"),
         ({"sigma_b": -1.0}, "sigma_b must be a finite number"),
         ({"parametrization": "mup"}, "parametrization must be one of 'ntk', 'standard'; got 'mup'"),

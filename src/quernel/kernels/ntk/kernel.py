@@ -26,8 +26,9 @@ from quernel._registry import register
 from quernel._threads import parallel_ranges
 from quernel._validate import check_choice, check_finite, check_float, check_int
 from quernel.kernels.gaussian_averages import Function
-from quernel.kernels.layer_maps import ACTIVATIONS, ActivationName, PairMap, layer_map, pair_map, variance_map
+from quernel.kernels.layer_maps import PairMap, layer_map, pair_map, variance_map
 from quernel.kernels.linalg import Array, like
+from quernel.kernels.theory.activations import as_activation
 
 Parametrization = Literal["ntk", "standard"]
 PARAMETRIZATIONS = ("ntk", "standard")
@@ -54,8 +55,9 @@ class NTKernel(SavedEstimator, BaseEstimator):
     depth : int, default=1
         Hidden layers; 0 is a linear model.
     activation : str or callable, default="relu"
-        A key of ``quernel.kernels.layer_maps.ACTIVATIONS``, or an elementwise function of tensors. "relu", "erf" and
-        "identity" are closed forms; everything else is quadrature, thousands of times slower: for some hundred points.
+        A name that ``quernel.kernels.theory.as_activation`` knows, or an elementwise function of tensors. ReLU, leaky
+        ReLU, the identity and erf are closed forms; everything else is quadrature, thousands of times slower: for some
+        hundred points.
     sigma_w, sigma_b : float, default=1.0, 0.0
         Standard deviations of weights, > 0, and of biases, >= 0, of every layer.
     parametrization : {"ntk", "standard"}, default="ntk"
@@ -85,7 +87,7 @@ class NTKernel(SavedEstimator, BaseEstimator):
     def __init__(
         self,
         depth: int = 1,
-        activation: ActivationName | Function = "relu",
+        activation: str | Function = "relu",
         sigma_w: float = 1.0,
         sigma_b: float = 0.0,
         parametrization: Parametrization = "ntk",
@@ -99,8 +101,7 @@ class NTKernel(SavedEstimator, BaseEstimator):
     def check_params(self) -> None:
         """Raise a ``QuernelError`` that names a parameter which is no good."""
         check_int("depth", self.depth, low=0)
-        if not callable(self.activation):
-            check_choice("activation", self.activation, tuple(ACTIVATIONS))
+        as_activation(self.activation)
         check_float("sigma_w", self.sigma_w, low=0.0, open_low=True)
         check_float("sigma_b", self.sigma_b, low=0.0)
         check_choice("parametrization", self.parametrization, PARAMETRIZATIONS)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quernel._errors import QuernelError
 from quernel._validate import check_finite, check_float, check_int
 from quernel.kernels.gaussian_averages import gaussian_product_average
-from quernel.kernels.grams import arc_cosine_gram
+from quernel.kernels.layer_maps import layer_map
 from quernel.kernels.theory.activations import Activation, Function, as_activation
 from quernel.kernels.theory.averages import averages, mean_slope_square, mean_square
 
@@ -181,10 +181,7 @@ def products(act: Activation, kernel: Tensor) -> Tensor:
     if kernel.ndim < 2:
         return mean_square(act, kernel)
     if act.slopes is not None:
-        # s(z) = a z + (b - a) relu(z), and E[u relu(v)] = E[u v] / 2.
-        a, step = act.slopes[0], act.slopes[1] - act.slopes[0]
-        diagonal = kernel.diagonal()
-        return a * (a + step) * kernel + step**2 / 2 * arc_cosine_gram(kernel, diagonal, diagonal)
+        return layer_map(act)[0](kernel, kernel.diagonal(), kernel.diagonal())
     return _pairs(act, act, kernel, mean_square(act, kernel.diagonal()))
 
 
@@ -193,9 +190,7 @@ def slope_products(act: Activation, kernel: Tensor) -> Tensor:
     if kernel.ndim < 2:
         return mean_slope_square(act, kernel)
     if act.slopes is not None:
-        a, step = act.slopes[0], act.slopes[1] - act.slopes[0]
-        diagonal = kernel.diagonal()
-        return a * (a + step) + step**2 / 2 * arc_cosine_gram(kernel, diagonal, diagonal, order=0)
+        return layer_map(act)[1](kernel, kernel.diagonal(), kernel.diagonal())
     return _pairs(act, act.slope, kernel, mean_slope_square(act, kernel.diagonal()))
 
 
