@@ -105,7 +105,7 @@ def test_a_function_of_yours_is_taken():
 
 
 def test_bad_activations_and_shapes_are_refused():
-    with pytest.raises(QuernelError, match="activation must be a callable or one of .*relu"):
+    with pytest.raises(QuernelError, match=r"activation must be a callable or one of .*relu"):
         layer_map("no such")
     with pytest.raises(QuernelError, match="differentiable by autograd"):
         layer_map(lambda z: (z > 0).double())
