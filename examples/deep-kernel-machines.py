@@ -8,6 +8,7 @@ the digits, and a regression on diabetes patients with its intervals of 90 %.
 from __future__ import annotations
 
 import argparse
+import sys
 
 import matplotlib as mpl
 import numpy as np
@@ -87,6 +88,7 @@ def main() -> None:
     axes[1, 2].fill_between(line[:, 0], mean - 1.6449 * std, mean + 1.6449 * std, alpha=0.3)
     axes[1, 2].set(title="wider where no data is", xlabel="body mass index")
     figure.savefig(options.output, dpi=110)
+    sys.stdout.write(f"wrote {options.output}\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Left, the size of signals by depth (dots: a network as drawn; line: predicted). 
 from __future__ import annotations
 
 import argparse
+import sys
 
 import matplotlib
 import torch
@@ -106,6 +107,7 @@ def main() -> None:
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(arguments.output, dpi=120)
+    sys.stdout.write(f"wrote {arguments.output}\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ every bit.
 from __future__ import annotations
 
 import argparse
+import sys
 
 import matplotlib
 import numpy as np
@@ -77,7 +78,9 @@ def main() -> None:
     regression(left)
     permutation(right)
     figure.tight_layout()
-    figure.savefig(parser.parse_args().output, dpi=110)
+    output = parser.parse_args().output
+    figure.savefig(output, dpi=110)
+    sys.stdout.write(f"wrote {output}\n")
 
 
 if __name__ == "__main__":

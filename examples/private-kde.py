@@ -7,6 +7,7 @@ digits, which would be private too; so is the box, from pixel values that are kn
 from __future__ import annotations
 
 import argparse
+import sys
 
 import matplotlib
 
@@ -60,6 +61,7 @@ def main() -> None:
     figure.colorbar(drawn, ax=axes, shrink=0.8)
     figure.suptitle("A density of 1,797 digits that may be published: neighbours add or remove one digit, delta 1e-5")
     figure.savefig(options.output, dpi=110)
+    sys.stdout.write(f"wrote {options.output}\n")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def main() -> None:
             ax.set_title(f"{kind}\nkernel matrix, rows by class", fontsize=10)
         figure.colorbar(image, ax=row[3], shrink=0.8)
     figure.savefig(options.output, dpi=100)
+    sys.stdout.write(f"wrote {options.output}\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ and its digit ask. The bars say how often the right generator comes first, over 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -106,6 +107,7 @@ def main() -> None:
     )
     figure.tight_layout()
     figure.savefig(options.output, dpi=110)
+    sys.stdout.write(f"wrote {options.output}\n")
 
 
 if __name__ == "__main__":

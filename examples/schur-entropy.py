@@ -9,6 +9,7 @@ picture shows both parts against the number of different images, and the directi
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -85,6 +86,7 @@ def main() -> None:
                 axes.set_ylabel(f"{100 * mode.weight:.1f} %")
     figure.text(0.55, 0.92, "what prompts leave: direction, its share, and the images furthest along it")
     figure.savefig(output, dpi=110)
+    sys.stdout.write(f"wrote {output}\n")
     plt.close(figure)
 
 

@@ -8,6 +8,7 @@ the one of all labels, over repeated draws, and who is chosen.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -84,6 +85,7 @@ def main() -> None:
     figure.colorbar(shades, ax=right, label="leverage")
     figure.tight_layout()
     figure.savefig(output, dpi=100)
+    sys.stdout.write(f"wrote {output}\n")
 
 
 if __name__ == "__main__":

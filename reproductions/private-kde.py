@@ -60,8 +60,8 @@ def densities(seed: int) -> dict[tuple[str, float, int], NDArray[np.float64]]:
         kde.partial_fit(images("train"))
         for epsilon in (0.5, 1.0):
             for name, delta in (("gaussian", FASHION_DELTA), ("laplace", 0.0)):
-                kde.terms = PrivacyTerms(epsilon, delta, mechanism=name)
-                release = kde.release(PrivacyLedger(epsilon, delta))
+                terms = PrivacyTerms(epsilon, delta, mechanism=name)
+                release = kde.release(PrivacyLedger(epsilon, delta), terms=terms)
                 found[name, epsilon, n_features] = release.query(images("test")[:QUERIES])
     return found
 

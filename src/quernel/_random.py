@@ -17,11 +17,11 @@ T = TypeVar("T")
 Seed = int | np.random.SeedSequence | np.random.Generator | None
 
 
-def generator(seed: Seed) -> np.random.Generator:
-    """Return a NumPy generator; an existing one passes through, None draws fresh entropy."""
+def generator(seed: Seed, name: str = "seed") -> np.random.Generator:
+    """Return a NumPy generator; an existing one passes through, None draws fresh entropy. ``name`` is for errors."""
     known = seed is None or isinstance(seed, int | np.integer | np.random.SeedSequence | np.random.Generator)
     if not known or isinstance(seed, bool) or (isinstance(seed, int | np.integer) and seed < 0):
-        raise QuernelError(f"seed must be a non-negative integer, a SeedSequence, a Generator or None; got {seed!r}")
+        raise QuernelError(f"{name} must be a non-negative integer, a SeedSequence, a Generator or None; got {seed!r}")
     return np.random.default_rng(seed)
 
 

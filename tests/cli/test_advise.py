@@ -91,6 +91,7 @@ def test_bundled_and_transformers_models(tmp_path: Path, capsys: pytest.CaptureF
     text = " ".join(found["warnings"])
     for word in ("LayerNorm left out", "Embedding left out: a look-up has no fan-in", "stand side by side"):
         assert word in text
+    assert text.startswith("attention is outside of the theory")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,15 @@ def test_bundled_and_transformers_models(tmp_path: Path, capsys: pytest.CaptureF
     [
         ((), "name a model, or a shape"),
         (("--width", "8", "--activation", "relu"), "name a model, or a shape"),
-        (("--depth", "8", "--activation", "relu", "--outputs", "2"), "--inputs is needed where --width is not given"),
+        (("--depth", "8", "--activation", "relu", "--outputs", "2"), "lacks --inputs (where --width is not given)"),
+        (("--params", "5"), "which lacks --activation and --outputs and --inputs"),
+        (("--width", "-1", "--depth", "3"), "--width must be an integer"),
+        (("--width", "8", "--outputs", "-3"), "--outputs must be an integer"),
+        (("--activation", "nope", "--width", "10"), "activation must be a callable or one of"),
+        (
+            ("--width", "8", "--params", "500", "--activation", "relu", "--outputs", "2"),
+            "--params is a budget for which depth and width are chosen",
+        ),
         (("digits-cnn", "--width", "8"), "--width: a model has its shape"),
         (("--width", "8", "--activation", "rleu", "--outputs", "2"), "activation must be a callable or one of"),
         (("--width", "0", "--inputs", "4", "--activation", "relu", "--outputs", "2"), "width must be an integer"),

@@ -56,7 +56,7 @@ def test_targets_in_the_span_come_back_from_as_many_labels_as_features():
 def test_a_pool_of_fewer_rows_than_features_needs_a_penalty():
     x, y = diabetes()
     features = RandomFourierFeatures(128, random_state=0)
-    with pytest.raises(QuernelError, match="m must not exceed N"):
+    with pytest.raises(QuernelError, match="X must have at least as many rows as features"):
         DesignRegressor(features, random_state=0).query(x[:60])
     model = DesignRegressor(features, alpha=1.0, random_state=0)
     rows = model.query(x[:60])
@@ -89,7 +89,9 @@ def test_saved_with_its_features(tmp_path):
 def test_bad_arguments_are_named():
     x, y = diabetes()
     for options, message in (
-        ({"budget": 5, "method": "volume"}, "n must be at least the number of functions, 11"),
+        ({"budget": 5, "method": "volume"}, "budget must come to at least 11 labels, one a feature; budget=5"),
+        ({"budget": 0.5}, "budget must come to at least 11 labels"),
+        ({"budget": "x"}, "budget must be"),
         ({"budget": 0}, "budget must be"),
         ({"budget": -1.0}, "budget must be"),
         ({"method": "greedy"}, "method must be one of"),

@@ -132,7 +132,7 @@ def test_bad_arguments_are_named():
         (lambda: EmpiricalSpace(x[:, 0]), r"shape \(N, M\)"),
         (lambda: EmpiricalSpace(x, ridge=-1), "ridge must be"),
         (lambda: EmpiricalSpace(x, ridge=[1.0]), "ridge must be"),
-        (lambda: EmpiricalSpace(x, masses=np.zeros(10)), "masses must be 10 positive"),
+        (lambda: EmpiricalSpace(x, masses=np.zeros(10)), "masses must be 10 positive numbers.*values down to 0"),
         (lambda: EmpiricalSpace(x, rank_tolerance=2.0), "rank_tolerance must be"),
         (lambda: EmpiricalSpace(x).phi([10]), r"row numbers in \[0, 10\)"),
         (lambda: EmpiricalSpace(x).phi(x[:, :2]), "features of shape"),

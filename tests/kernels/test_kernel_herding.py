@@ -111,7 +111,7 @@ def test_an_index_cannot_be_saved_as_a_parameter(tmp_path):
         ({"lmo": object()}, 'lmo must be "exact" or an index'),
         ({"feature_map": "rff"}, 'feature_map must be a transformer, "passthrough" or None'),
         ({"feature_map": 5}, "feature_map must be a transformer"),
-        ({"random_state": -1}, "seed must be"),
+        ({"random_state": -1}, "random_state must be"),
         ({"lmo": FlatIndex(512, "ip").add(np.ones((3, 512)))}, "lmo holds 3 items, but there are 50 atoms"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_pipeline_beats_a_linear_model():
         (RandomFourierFeatures(gamma=0.0), "gamma must be a finite number in"),
         (RandomFourierFeatures(gamma="auto"), 'gamma must be "scale" or'),
         (RandomFourierFeatures(projection="dense"), "projection must be one of"),
-        (RandomFourierFeatures(random_state=-1), "seed must be"),
+        (RandomFourierFeatures(random_state=-1), "random_state must be"),
         (ArcCosineFeatures(order=3), "order must be one of"),
         (ArcCosineFeatures(order=2, threshold=1.0), "threshold needs order=1"),
         (ArcCosineFeatures(center=np.zeros(3)), r"center must have shape \(48,\)"),

@@ -182,7 +182,7 @@ def released(x, features, noise, seed=0):
     return features.transform(x).mean(0) + noise * draw.standard_normal(features.n_features)
 
 
-PURE = {"epsilon": 2.0, "neighbours": "replace"}
+PURE = {"epsilon": 2.0, "delta": 0.0, "neighbours": "replace", "status": "private"}
 
 
 def test_a_real_release_goes_through_with_its_terms():
@@ -203,7 +203,8 @@ def test_a_real_release_goes_through_with_its_terms():
 def test_a_released_mean_makes_a_specification():
     x, public = rows(2000), rows(500, seed=9)
     features = RandomFourierFeatures(400, gamma=GAMMA, random_state=0).fit(x[:1])
-    privacy = {"epsilon": 1.0, "delta": 1e-6, "neighbours": "add_remove", "mechanism": "gaussian"}
+    terms = {"epsilon": 1.0, "delta": 1e-6, "neighbours": "add_remove"}
+    privacy = terms | {"mechanism": "gaussian", "status": "private"}
     spec, noisy = (
         ReducedMeanEmbedding.from_mean_features(
             released(x, features, noise), features, public, privacy=privacy, n_points=30, encoder="e"
@@ -214,11 +215,7 @@ def test_a_released_mean_makes_a_specification():
     assert np.sqrt(spec.mmd2(truth)) < 0.08
     # What noise does to it is seen: the points answer to the released mean, not to the rows.
     assert spec.mmd2(truth) < noisy.mmd2(truth)
-    assert (
-        spec.privacy == {"epsilon": 1.0, "delta": 1e-6, "neighbours": "add_remove"}
-        and spec.error_ is None
-        and spec.n_rows_ == 0
-    )
+    assert spec.privacy == terms and spec.error_ is None and spec.n_rows_ == 0
     assert (spec.z[:, None] == public[None]).all(-1).any(1).all()
     assert ReducedMeanEmbedding(5, random_state=0).fit(x[:50]).privacy is None
 
@@ -229,13 +226,17 @@ def test_a_private_specification_is_saved(tmp_path):
         released(rows(), features, 0.0), features, rows(80, seed=3), privacy=PURE, n_points=6
     )
     twin = load(spec.save(tmp_path))
-    assert twin.privacy == PURE | {"delta": 0.0} and twin.mmd2(spec) == 0 and twin.u is None
+    assert (
+        twin.privacy == {"epsilon": 2.0, "delta": 0.0, "neighbours": "replace"}
+        and twin.mmd2(spec) == 0
+        and twin.u is None
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"privacy": {}}, "privacy must say epsilon and neighbours"),
+        ({"privacy": {}}, "privacy must say epsilon, delta, neighbours and status"),
         ({"privacy": PURE | {"epsilon": 0.0}}, "epsilon"),
         ({"privacy": PURE | {"delta": 1.0}}, "delta"),
         ({"privacy": PURE | {"neighbours": "all"}}, "neighbours"),
@@ -304,7 +305,7 @@ def test_errors():
         ({"rounds": -1}, "rounds must be"),
         ({"simplex": 1}, "simplex must be"),
         ({"encoder": None}, "encoder must be"),
-        ({"random_state": -1}, "seed must be"),
+        ({"random_state": -1}, "random_state must be"),
     ):
         with pytest.raises(QuernelError, match=message):
             ReducedMeanEmbedding(**({"n_points": 3} | arguments)).fit(x)

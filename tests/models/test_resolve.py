@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from quernel import models
 from quernel._errors import FormatError, QuernelError
@@ -171,3 +173,8 @@ def test_truncated_missing_or_foreign_weights(tmp_path: Path) -> None:
 def test_wrong_sources(source: str, message: str) -> None:
     with pytest.raises(QuernelError, match=message):
         models.resolve(source)
+
+
+def test_only_modules_are_saved(tmp_path):
+    with pytest.raises(QuernelError, match=r"model must be an nn\.Module; got Pipeline\. Estimators have a save"):
+        models.save(make_pipeline(StandardScaler()), tmp_path)

@@ -202,7 +202,7 @@ def test_the_temperature_is_chosen_on_the_hub():
     a[3] = 0
     wanted = -oracle.distance(a / a.sum(), spec.z, spec.z[3:4], 0.05)
     assert _without(index, 2, 3, 0.2) == pytest.approx(wanted, abs=1e-5)
-    with pytest.raises(QuernelError, match="with prompts"):
+    with pytest.raises(QuernelError, match="6 models, without prompts"):
         ModelIndex(DIM, 0.05).add(held).choose_temperature()
 
 

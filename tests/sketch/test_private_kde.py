@@ -48,10 +48,10 @@ def test_cosines_and_sines_at_any_angle():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n_features", [1, 7, 100, 512])
-@pytest.mark.parametrize("dim", [1, 50])
-def test_a_row_adds_the_same_in_any_company(dim, n_features, dtype):
+@pytest.mark.parametrize(("dim", "jl_dim"), [(1, None), (50, None), (50, 6), (300, 128)])
+def test_a_row_adds_the_same_in_any_company(dim, jl_dim, n_features, dtype):
     # The guarantee rests on it: what others contribute must not change when one record comes or goes.
-    held = SpectralMap("gaussian", 3.0, n_features, dim, None, 0)
+    held = SpectralMap("gaussian", 3.0, n_features, dim, jl_dim, 0)
     x, order = rows(512, dim).astype(dtype), np.random.default_rng(1).permutation(512)
     together = next(held._angles(x))[1][:, :n_features].copy()
     shuffled = next(held._angles(x[order]))[1][:, :n_features].copy()
@@ -276,6 +276,9 @@ def test_releasing_twice_needs_a_fresh_budget():
         (lambda: PrivateKDE(delta=0.0, mechanism="gaussian"), PrivacyError, "needs delta > 0"),
         (lambda: PrivateKDE(mechanism="l2gamma"), PrivacyError, "unsafe_float=True"),
         (lambda: PrivateKDE(bandwidth="median"), QuernelError, "would be computed from the private rows"),
+        (lambda: PrivateKDE(bandwidth="x"), QuernelError, "bandwidth must be"),
+        (lambda: PrivateKDE(expected_rows=-1), QuernelError, "expected_rows must be"),
+        (lambda: PrivateKDE(clip=True), QuernelError, "clip=True needs a domain"),
         (lambda: PrivateKDE("cosine"), QuernelError, "kernel must be one of"),
         (lambda: PrivateKDE(n_features=None, delta=0.0), QuernelError, "expected_rows, a public guess"),
         (lambda: PrivateKDE(domain=3.0), QuernelError, "domain must be a Ball, a Box or None"),

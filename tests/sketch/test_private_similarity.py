@@ -32,7 +32,7 @@ def make(similarity="kernel", **settings):
 def exact(model):
     """Return the public object with no noise in it."""
     held = model._collected
-    privacy = held._described(held.mechanism())
+    privacy = held._described(held.mechanism(), held.terms)
     return held._published(held._sums() * held.grain, privacy | {"mechanism": "laplace", "scale": 1e-9})
 
 
@@ -151,14 +151,14 @@ def test_a_second_fit_must_be_paid():
         (lambda x, y: PrivateSimilarityClassifier().fit(x, y), QuernelError, "classes must be given"),
         (lambda x, y: make().fit(x, y, classes=["a", "a"]), QuernelError, "two or more different"),
         (lambda x, y: make().fit(x, y, classes=["a", "b"]), QuernelError, "labels that are not among classes"),
-        (lambda x, y: make().fit(x, y[:-1]), QuernelError, "y must hold one label a row"),
+        (lambda x, y: make().fit(x, y[:-1]), ValueError, "inconsistent numbers of samples"),
         (lambda x, y: make("cosine").fit(x, y), QuernelError, "similarity must be one of"),
         (lambda x, y: make("dot").fit(9 * x, y), QuernelError, "outside the declared Ball"),
         (lambda x, y: make(bandwidth="scale").fit(x, y), QuernelError, "computed from the private rows"),
         (lambda x, y: make(count_weight=0.0).fit(x, y), QuernelError, "count_weight must be positive"),
         (lambda x, y: make(delta=0.0, mechanism="gaussian").fit(x, y), PrivacyError, "needs delta > 0"),
         (lambda x, y: make().merge(make()), QuernelError, "self has collected no rows"),
-        (lambda x, y: make().fit(x, y).predict(x[:, :2]), QuernelError, r"y must hold numbers, shape \(n, 4\)"),
+        (lambda x, y: make().fit(x, y).predict(x[:, :2]), ValueError, "is expecting 4 features"),
     ],
 )
 def test_errors(call, error, message):

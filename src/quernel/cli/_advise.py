@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quernel._errors import QuernelError
+from quernel._validate import check_float, check_int
 from quernel.cli._index_report import check_page_name
 from quernel.cli._output import Json, console, emit, note, progress_bar, table
 
@@ -89,17 +90,30 @@ def _example(model: nn.Module) -> Any:
 def _of_shape(
     shape: dict[str, int | None], activation: str | None, inputs: int | None, outputs: int | None, residual: float
 ) -> Advice:
+    from quernel.kernels.theory import as_activation
     from quernel.nn import ArchitectureAdvisor
 
-    if activation is None or outputs is None or all(value is None for value in shape.values()):
+    sizes = {**shape, "inputs": inputs, "outputs": outputs}
+    for name, value in sizes.items():
+        if value is not None:
+            check_int(f"--{name}", value, low=1)
+    check_float("--residual", residual, low=0.0, high=1.0, open_high=True)
+    if activation is not None:
+        as_activation(activation)
+    lacking = [
+        *(["--activation"] if activation is None else []),
+        *(["--outputs"] if outputs is None else []),
+        *(["--width, --depth or --params"] if all(value is None for value in shape.values()) else []),
+        *(["--inputs (where --width is not given)"] if inputs is None and shape["width"] is None else []),
+    ]
+    if lacking:
         raise QuernelError(
-            "name a model, or a shape: --activation gelu --outputs 10, and --width, --depth or --params, "
+            f"name a model, or a shape, which lacks {' and '.join(lacking)}, "
             "e.g. quernel advise --width 512 --depth 20 --activation relu --outputs 10"
         )
-    if inputs is None:
-        inputs = shape["width"]
-    if inputs is None:
-        raise QuernelError("--inputs is needed where --width is not given")
+    if shape["params"] is not None and (shape["width"] is not None or shape["depth"] is not None):
+        raise QuernelError("--params is a budget for which depth and width are chosen; leave --width and --depth out")
+    inputs = shape["width"] if inputs is None else inputs
     return ArchitectureAdvisor(inputs, outputs, activation, residual=residual, **shape).suggest()
 
 

@@ -19,7 +19,8 @@ from torch import nn
 from quernel import __version__
 from quernel._errors import QuernelError
 from quernel._load import save_model
-from quernel.compress._context import OPAQUE, Context, Forward, Progress, is_below, opaque_parents
+from quernel._progress import Progress
+from quernel.compress._context import OPAQUE, Context, Forward, is_below, opaque_parents
 from quernel.compress._measure import (
     Evaluate,
     check_dtypes,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
+from quernel._progress import Progress
 from quernel.nn._running import device_of, to_device
 from quernel.nn._running import evaluating as evaluating  # methods take it from here
 
@@ -26,7 +27,6 @@ OPAQUE = "torch's fused attention path reads its raw weight"
 
 Batch = Any
 Forward = Callable[[nn.Module, Batch], Any]
-Progress = Callable[[str, float], None]
 
 
 @dataclass

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 from torch import nn
 
 from quernel._errors import QuernelError
+from quernel._progress import Progress
 from quernel._validate import check_float, check_int, check_type
 from quernel.compress._compress import Finetune, Result, available, check_needs, compress, metric_name
-from quernel.compress._context import Context, Forward, Progress
+from quernel.compress._context import Context, Forward
 from quernel.compress._measure import Evaluate, checked_metric
 from quernel.compress._menu import Candidate, Point, combinations, default_methods, front, singles
 from quernel.compress._method import Method

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
+from quernel._progress import Progress
 from quernel._random import Seed, generator
 from quernel._validate import check_bool, check_choice, check_float, check_int
 from quernel.kernels._deep_kernel_network import DeepKernelNetwork
@@ -104,7 +105,7 @@ class DeepKernel(SavedEstimator, BaseEstimator):
         check_choice("gram_noise", self.gram_noise, GRAM_NOISES)
         check_float("jitter", self.jitter, low=0.0)
         check_choice("dtype", self.dtype, tuple(DTYPES))
-        generator(self.random_state)
+        generator(self.random_state, "random_state")
 
     def check_state(self) -> None:
         """Raise unless the fitted attributes fit each other and the parameters."""
@@ -115,8 +116,10 @@ class DeepKernel(SavedEstimator, BaseEstimator):
         if held != wanted or not self.scale_ > 0:
             raise QuernelError(f"factors_, running_, log_scales_ and inducing_ must have sizes {wanted}; got {held}")
 
-    def _train(self, x: Floats, y: Tensor, indicators: Tensor, likelihood: Likelihood) -> None:
-        draw = generator(self.random_state)
+    def _train(
+        self, x: Floats, y: Tensor, indicators: Tensor, likelihood: Likelihood, progress: Progress | None
+    ) -> None:
+        draw = generator(self.random_state, "random_state")
         most = max(1, min(_MOST_INDUCING, len(x) // 4))
         number = most if self.n_inducing is None else self.n_inducing
         if number > len(x):
@@ -131,7 +134,7 @@ class DeepKernel(SavedEstimator, BaseEstimator):
         network.log_scales.requires_grad_(self.learn_scales)
         plan = Plan(self.max_epochs, self.batch_size, self.lr)
         trainer = Trainer(network, likelihood, rows, y, plan, draw)
-        history = trainer.run()
+        history = trainer.run(progress)
         trainer.solve_outputs()
         bound, alignment = judged(network, likelihood, rows, y, indicators)
         self.elbo_, self.history_, self.alignment_ = bound, np.array(history), np.array(alignment)

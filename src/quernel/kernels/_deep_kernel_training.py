@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quernel._errors import QuernelError
+from quernel._progress import Progress
 from quernel._random import torch_generator
 from quernel.kernels._deep_kernel_network import (
     CategoricalLikelihood,
@@ -76,7 +77,7 @@ class Trainer:
         rest = [p for p in (*network.parameters(), *likelihood.parameters()) if p.requires_grad and id(p) not in held]
         self.optimizer = torch.optim.Adam([*groups, {"params": rest, "lr": plan.lr}], betas=_BETAS, fused=True)
 
-    def run(self) -> list[float]:
+    def run(self, progress: Progress | None = None) -> list[float]:
         """Train; return the mean bound of every epoch's batches, in nats of the whole data set."""
         if isinstance(self.likelihood, GaussianLikelihood):
             self.network.train()
@@ -84,7 +85,15 @@ class Trainer:
                 self.network(self.x[:ROWS], self.generator)  # sets the running means
             # Not the noise: before anything is learned the best noise is all there is to explain.
             self.solve_outputs(alternations=0)
-        return [self.epoch(number) for number in range(self.plan.max_epochs)]
+        found: list[float] = []
+        most = self.plan.max_epochs
+        for number in range(most):
+            found.append(self.epoch(number))
+            if progress is not None:
+                progress(
+                    f"epoch {number + 1} of {most}, bound {found[-1] / len(self.x):.4g} a row", (number + 1) / most
+                )
+        return found
 
     def epoch(self, number: int) -> float:
         """Pass over the data once."""

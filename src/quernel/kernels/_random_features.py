@@ -38,7 +38,7 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SavedEst
         if self.n_features % self._columns_a_direction:
             raise QuernelError(f"n_features must be even, for pairs of columns; got {self.n_features}")
         check_choice("projection", self.projection, PROJECTIONS)
-        generator(self.random_state)
+        generator(self.random_state, "random_state")
 
     def check_state(self) -> None:
         """Raise unless the fitted attributes fit each other and the parameters."""
@@ -56,7 +56,7 @@ class RandomFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SavedEst
         """Draw the random directions for rows like those of ``X``, shape (n, d); ``y`` is ignored."""
         self.check_params()
         x = validate_data(self, X, dtype=FLOATS)
-        draw = generator(self.random_state)
+        draw = generator(self.random_state, "random_state")
         self._prepare(x, draw)
         rows, dim = self.n_features // self._columns_a_direction, x.shape[1]
         if self._structured:

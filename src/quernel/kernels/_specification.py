@@ -20,6 +20,7 @@ from quernel._validate import check_choice, check_finite, check_float, check_int
 from quernel.kernels._mean_targets import KERNELS, Floats, kernel_matrix
 from quernel.kernels._random_features import FLOATS
 
+NEIGHBOURS = ("add_remove", "replace")
 # Two gammas within this share of each other are one: they may have gone through a file as text.
 _SAME_GAMMA = 1e-9
 
@@ -109,7 +110,8 @@ class Specification:
         Notes
         -----
         x_{t+1} = argmax of mu(x) - sum_s k(x, x_s) / (t + 1). The error of the mean of the first t falls like 1 / t
-        where the candidates' hull reaches mu.
+        where the candidates' hull reaches mu. ``KernelHerding`` does the same in a space of features, where an index
+        can find the next one.
         """
         check_is_fitted(self, "z_")
         count = check_int("n", n, low=1)
@@ -191,3 +193,12 @@ def check_points(spec: Specification) -> None:
         raise QuernelError("beta_ must be float64 weights, not all 0")
     if len({held is None for held in (spec.epsilon_, spec.delta_, spec.neighbours_)}) > 1:
         raise QuernelError("epsilon_, delta_ and neighbours_ must all be there, or none")
+    if spec.epsilon_ is not None:
+        check_promise(spec)
+
+
+def check_promise(spec: Specification) -> None:
+    """Raise unless what a private specification promises is a promise."""
+    check_float("epsilon", spec.epsilon_, low=0.0, open_low=True)
+    check_float("delta", spec.delta_, low=0.0, high=1.0, open_high=True)
+    check_choice("neighbours", spec.neighbours_, NEIGHBOURS)

@@ -22,6 +22,7 @@ from sklearn.utils.validation import column_or_1d, validate_data
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
+from quernel._progress import Progress
 from quernel._random import Seed
 from quernel._registry import register
 from quernel._validate import check_bool, check_float, check_int
@@ -180,8 +181,11 @@ class DeepKernelRegressor(RegressorMixin, DeepKernel):
         if not (self.noise_ > 0).all() or not (self.target_scale_ > 0).all():
             raise QuernelError("noise_ and target_scale_ must be positive")
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Fit rows ``X``, shape (n, d), to targets ``y``, shape (n,) or (n, q)."""
+    def fit(self, X: ArrayLike, y: ArrayLike, *, progress: Progress | None = None) -> Self:
+        """Fit rows ``X``, shape (n, d), to targets ``y``, shape (n,) or (n, q).
+
+        ``progress(message, fraction)`` is called after every epoch.
+        """
         self.check_params()
         x, given = validate_data(
             self, X, y, dtype=FLOATS, y_numeric=True, multi_output=True, ensure_min_samples=2, reset=True
@@ -196,7 +200,7 @@ class DeepKernelRegressor(RegressorMixin, DeepKernel):
         learned = self.noise == "learn"
         first = np.full(targets.shape[1], _FIRST_NOISE) if learned else self.noise / np.square(self.target_scale_)
         likelihood = GaussianLikelihood(torch.from_numpy(first).to(y_scaled.dtype), learned)
-        self._train(x, y_scaled, y_scaled, likelihood)
+        self._train(x, y_scaled, y_scaled, likelihood, progress)
         # Densities of y, not of y in units of its scale.
         self.elbo_ -= len(x) * float(np.log(self.target_scale_).sum())
         self.noise_ = likelihood.noise.detach().double().numpy() * np.square(self.target_scale_)
@@ -316,17 +320,20 @@ class DeepKernelClassifier(ClassifierMixin, DeepKernel):
         check_int("n_samples", self.n_samples, low=1)
         check_bool("tempered", self.tempered)
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Fit rows ``X``, shape (n, d), to labels ``y``, shape (n,)."""
+    def fit(self, X: ArrayLike, y: ArrayLike, *, progress: Progress | None = None) -> Self:
+        """Fit rows ``X``, shape (n, d), to labels ``y``, shape (n,).
+
+        ``progress(message, fraction)`` is called after every epoch.
+        """
         self.check_params()
         x, labels = validate_data(self, X, y, dtype=FLOATS, ensure_min_samples=2)
         check_classification_targets(labels)
         self.classes_, places = np.unique(column_or_1d(labels, warn=True), return_inverse=True)
         if len(self.classes_) < 2:
-            raise QuernelError(f"y must hold at least two classes; got 1 class, {self.classes_[0]!r}")
+            raise QuernelError(f"y must hold at least two classes; got 1 class, {self.classes_.tolist()[0]!r}")
         numbers = torch.from_numpy(places.astype(np.int64))
         indicators = F.one_hot(numbers, len(self.classes_)).to(DTYPES[self.dtype])
-        self._train(x, numbers, indicators, CategoricalLikelihood(self.n_samples))
+        self._train(x, numbers, indicators, CategoricalLikelihood(self.n_samples), progress)
         return self
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:

@@ -148,16 +148,16 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         """Raise a ``QuernelError`` that names a parameter which is no good."""
         if self.base_features is not None and not hasattr(self.base_features, "transform"):
             raise QuernelError(f"base_features must be a transformer or None; got {self.base_features!r}")
-        if isinstance(self.budget, float):
-            check_float("budget", self.budget, low=0.0, open_low=True)
-        else:
+        if isinstance(self.budget, int | np.integer):
             check_int("budget", self.budget, low=1)
+        else:
+            check_float("budget", self.budget, low=0.0, open_low=True)
         check_choice("method", self.method, METHODS)
         if self.delta is not None:
             check_float("delta", self.delta, low=0.0, high=1.0, open_low=True, open_high=True)
         check_float("alpha", self.alpha, low=0.0)
         check_bool("fit_intercept", self.fit_intercept)
-        generator(self.random_state)
+        generator(self.random_state, "random_state")
 
     def check_state(self) -> None:
         """Raise unless the fitted attributes fit each other and the parameters."""
@@ -251,10 +251,20 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         features = x if self.features_ is None else np.asarray(self.features_.transform(x))
         if self.fit_intercept:
             features = np.column_stack((features, np.ones(len(x), features.dtype)))
+        if self.alpha == 0 and len(x) < features.shape[1]:
+            raise QuernelError(
+                f"X must have at least as many rows as features, {features.shape[1]} with the constant one; got "
+                f"{len(x)}. Give more rows, fewer features or alpha > 0"
+            )
         penalty = np.full(features.shape[1], float(self.alpha))
         penalty[-1] *= not self.fit_intercept
         space = EmpiricalSpace(features, ridge=penalty)
         n = math.ceil(self.budget * space.n_features) if isinstance(self.budget, float) else int(self.budget)
+        if n < space.n_features:
+            raise QuernelError(
+                f"budget must come to at least {space.n_features} labels, one a feature; budget={self.budget!r} comes "
+                f"to {n}"
+            )
         sampler = VolumeSampler(space, self.method, n=n, delta=self.delta)
         design = sampler.sample(self.random_state)
         # What fit goes on with; no part of the fitted model, so it is not saved.

@@ -120,7 +120,7 @@ class _TensorSpace(ABC):
     def sample_nu(self, n: int, random_state: Seed = None) -> Array:
         """Return ``n`` points from |phi|^2/m dmu: a function is picked, then a point from its square; (n, dim)."""
         check_int("n", n, low=0)
-        rng = generator(random_state)
+        rng = generator(random_state, "random_state")
         return self._sample_squares(self.indices[rng.integers(self.n_features, size=n)], rng)
 
     @abstractmethod
@@ -186,7 +186,7 @@ class LegendreSpace(_TensorSpace):
 
     def sample_mu(self, n: int, random_state: Seed = None) -> Array:
         """Return ``n`` uniform points, shape (n, dim)."""
-        return generator(random_state).uniform(-1.0, 1.0, (check_int("n", n, low=0), self.dim))
+        return generator(random_state, "random_state").uniform(-1.0, 1.0, (check_int("n", n, low=0), self.dim))
 
     def _table(self, x: Array) -> Array:
         return legendre_table(x, self.degree)
@@ -250,7 +250,7 @@ class TrigonometricSpace(_TensorSpace):
 
     def sample_mu(self, n: int, random_state: Seed = None) -> Array:
         """Return ``n`` uniform points, shape (n, dim)."""
-        return generator(random_state).random((check_int("n", n, low=0), self.dim))
+        return generator(random_state, "random_state").random((check_int("n", n, low=0), self.dim))
 
     def _table(self, x: Array) -> Array:
         table = np.ones((len(x), 2 * self.degree + 1))

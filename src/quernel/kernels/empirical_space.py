@@ -190,7 +190,8 @@ class EmpiricalSpace:
     def _probabilities(self, masses: ArrayLike | None) -> Array:
         given = np.ones(self.n_rows) if masses is None else np.asarray(masses, np.float64)
         if given.shape != (self.n_rows,) or not np.isfinite(given).all() or not (given > 0).all():
-            raise QuernelError(f"masses must be {self.n_rows} positive numbers, one a row; got shape {given.shape}")
+            found = f"shape {given.shape}" if given.shape != (self.n_rows,) else f"values down to {given.min():g}"
+            raise QuernelError(f"masses must be {self.n_rows} positive numbers, one a row; got {found}")
         # Rows of the penalty count like one row each.
         rows = given * (self.n_rows / given.sum())
         out: Array = np.append(rows, np.ones(self.n_points - self.n_rows)) / self.n_points
@@ -244,6 +245,6 @@ class EmpiricalSpace:
 
 def _inverse(cumulated: Array, n: int, random_state: Seed) -> NDArray[np.int64]:
     """Return draws from a distribution over finitely many, given its cumulated probabilities."""
-    uniforms = generator(random_state).random(check_int("n", n, low=0))
+    uniforms = generator(random_state, "random_state").random(check_int("n", n, low=0))
     # From the right: an outcome of probability 0 is never met.
     return np.searchsorted(cumulated, uniforms, side="right").astype(np.int64)

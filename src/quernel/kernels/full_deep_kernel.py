@@ -223,7 +223,7 @@ class FullDeepKernel:
         n = len(self._first)
         free = torch.zeros(self.n_layers, n, n, dtype=self._first.dtype)
         if self.start == "random":
-            free = torch.from_numpy(generator(self.random_state).standard_normal(free.shape))
+            free = torch.from_numpy(generator(self.random_state, "random_state").standard_normal(free.shape))
         free.requires_grad_()
 
         def grams() -> tuple[list[Tensor], Tensor]:

@@ -121,7 +121,7 @@ class KernelHerding(SavedEstimator, BaseEstimator):
         check_int("n_samples", self.n_samples, low=1)
         check_lookup("lmo", self.lmo)
         check_choice("init", self.init, INITS)
-        generator(self.random_state)
+        generator(self.random_state, "random_state")
         known = self.feature_map in (None, "passthrough") if isinstance(self.feature_map, str | None) else True
         if not known or (not isinstance(self.feature_map, str | None) and not hasattr(self.feature_map, "fit")):
             raise QuernelError(f'feature_map must be a transformer, "passthrough" or None; got {self.feature_map!r}')

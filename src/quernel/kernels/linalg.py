@@ -28,7 +28,7 @@ class JitterWarning(UserWarning):
     """A matrix was not positive definite in its precision; its diagonal was raised."""
 
 
-def jittered_cholesky(a: Array, eps: float | None = None) -> Array:
+def jittered_cholesky(a: Array, eps: float | None = None, *, name: str = "a") -> Array:
     """Return the lower Cholesky factor of ``a``, raising the diagonal only as far as needed.
 
     Parameters
@@ -37,6 +37,8 @@ def jittered_cholesky(a: Array, eps: float | None = None) -> Array:
         Symmetric positive semi-definite, float32 or float64; the lower triangle is read.
     eps : float, optional
         First jitter, relative to the mean diagonal; default 1e-6 in float32, 1e-12 in float64.
+    name : str, default="a"
+        What errors and warnings call the matrix.
 
     Returns
     -------
@@ -58,14 +60,14 @@ def jittered_cholesky(a: Array, eps: float | None = None) -> Array:
     >>> jittered_cholesky(torch.eye(2) * 4.0).diagonal().tolist()
     [2.0, 2.0]
     """
-    matrix = as_tensor("a", a)
+    matrix = as_tensor(name, a)
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise QuernelError(f"a must have shape (..., n, n); got {tuple(matrix.shape)}")
+        raise QuernelError(f"{name} must have shape (..., n, n); got {tuple(matrix.shape)}")
     if matrix.dtype not in _FIRST_JITTER:
-        raise QuernelError(f"a must be float32 or float64; got {matrix.dtype}")
-    check_finite("a", matrix)
+        raise QuernelError(f"{name} must be float32 or float64; got {matrix.dtype}")
+    check_finite(name, matrix)
     first = _FIRST_JITTER[matrix.dtype] if eps is None else check_float("eps", eps, low=0.0, open_low=True)
-    return like(_factor(matrix, first), a)
+    return like(_factor(matrix, first, name), a)
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
@@ -82,14 +84,14 @@ def like(result: Tensor, model: Array) -> Array:
     return result if isinstance(model, Tensor) else result.numpy()
 
 
-def _factor(matrix: Tensor, first: float) -> Tensor:
+def _factor(matrix: Tensor, first: float, name: str) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not info.any():
         return factor
     n = matrix.shape[-1]
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).detach().mean(-1)  # (...,)
     if bool((diagonal <= 0).any()):
-        raise QuernelError("a is not positive semi-definite: the mean of its diagonal is not positive")
+        raise QuernelError(f"{name} is not positive semi-definite: the mean of its diagonal is not positive")
     eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
     jitter = first
     failed = info != 0
@@ -99,20 +101,22 @@ def _factor(matrix: Tensor, first: float) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(matrix + amounts[..., None, None] * eye)
         failed = info != 0
         if not failed.any():
-            warnings.warn(_advice(factor, n, float((amounts / diagonal).max())), JitterWarning, stacklevel=3)
+            warnings.warn(_advice(name, factor, n, float((amounts / diagonal).max())), JitterWarning, stacklevel=3)
             return factor
         jitter *= 10
     raise QuernelError(
-        f"a ({n} x {n}) is not positive definite even with {_MOST_JITTER:g} of its mean diagonal added. Likely causes: "
-        "(a) it is not symmetric, (b) a kernel that is not positive definite, (c) a difference of large numbers"
+        f"{name} ({n} x {n}) is not positive definite even with {_MOST_JITTER:g} of its mean diagonal added. "
+        "Likely causes: (a) it is not symmetric, (b) a kernel that is not positive definite, (c) a difference of large "
+        "numbers"
     )
 
 
-def _advice(factor: Tensor, n: int, jitter: float) -> str:
+def _advice(name: str, factor: Tensor, n: int, jitter: float) -> str:
     pivots = factor.detach().diagonal(dim1=-2, dim2=-1)
     condition = float((pivots.amax(-1) / pivots.amin(-1)).square().max())
     dtype = str(factor.dtype).removeprefix("torch.")
+    finer = "" if dtype == "float64" else ", or compute it in float64"
     return (
-        f"a ({n} x {n}) is not positive definite in {dtype} (condition number at least {condition:.0e}): "
-        f"{jitter:.0e} of its mean diagonal was added. Regularise more, or compute it in float64"
+        f"{name} ({n} x {n}) is not positive definite in {dtype} (condition number at least {condition:.0e}): "
+        f"{jitter:.0e} of its mean diagonal was added. Regularise more{finer}"
     )

@@ -87,7 +87,7 @@ class _LSHMachine(SavedEstimator, BaseEstimator):
     def check_params(self) -> None:
         """Raise a ``QuernelError`` that names a parameter which is no good."""
         _ = self.settings
-        generator(self.random_state)
+        generator(self.random_state, "random_state")
 
     def check_state(self) -> None:
         """Raise unless the fitted attributes fit each other and the parameters."""
@@ -109,7 +109,7 @@ class _LSHMachine(SavedEstimator, BaseEstimator):
 
     def _train(self, x: Floats, y: NDArray[Any], loss: Loss) -> None:
         targets = torch.from_numpy(np.ascontiguousarray(y))
-        machine = train_machine(_tensor(x), targets, self.settings, generator(self.random_state), loss)
+        machine = train_machine(_tensor(x), targets, self.settings, generator(self.random_state, "random_state"), loss)
         for name, value in vars(machine).items():
             setattr(self, f"{name}_", value.numpy())
 

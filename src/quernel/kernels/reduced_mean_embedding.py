@@ -8,7 +8,7 @@ and E never rises. Cost: rounds * 10 evaluations of M N d multiply-adds, and N^2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
+from quernel._progress import Progress
 from quernel._random import Seed, generator
 from quernel._registry import register
-from quernel._validate import check_bool, check_choice, check_finite, check_float, check_int, check_type
+from quernel._validate import check_bool, check_finite, check_int, check_type
 from quernel.kernels._mean_targets import Floats, MeanTarget, alternate, best_weights, mean_target
 from quernel.kernels._random_features import FLOATS
-from quernel.kernels._specification import Specification, check_kernel, check_points
+from quernel.kernels._specification import Specification, check_kernel, check_points, check_promise
 from quernel.kernels.clustering import cluster_means, kmeans
 from quernel.kernels.kernel_herding import KernelHerding
 from quernel.kernels.random_features import RandomFourierFeatures
@@ -35,11 +36,9 @@ from quernel.kernels.statistics.mmd import median_gamma
 _LLOYD = 20
 
 Kernel = Literal["gaussian", "cosine"]
-Progress = Callable[[str, float], None]
 
 
 # What a release may be private against; see ``quernel.sketch.dp``.
-NEIGHBOURS = ("add_remove", "replace")
 
 
 def _example() -> dict[str, Any]:
@@ -150,7 +149,7 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
         check_int("rounds", self.rounds, low=0)
         check_type("encoder", self.encoder, str)
         check_bool("measure_error", self.measure_error)
-        generator(self.random_state)
+        generator(self.random_state, "random_state")
 
     def check_state(self) -> None:
         """Raise unless the fitted attributes fit each other and the parameters."""
@@ -206,8 +205,8 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
         candidates : array, shape (m, d)
             Public rows, m >= n_points.
         privacy : mapping
-            Of the release, as that of ``quernel.sketch.dp.release_vector_sum``: "epsilon" > 0, "delta" in [0, 1) and
-            "neighbours" are recorded; a "status" other than "private" is refused.
+            That of the release, such as of ``quernel.sketch.dp.release_vector_sum``: "epsilon" > 0, "delta" in [0, 1)
+            and "neighbours" are recorded, a "status" other than "private" is refused. It is believed.
         n_points : int, default=50
         encoder : str, default=""
 
@@ -226,9 +225,11 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
         check_type("feature_map", feature_map, RandomFourierFeatures)
         check_is_fitted(feature_map)
         terms = check_type("privacy", privacy, Mapping)
-        if not {"epsilon", "neighbours"} <= set(terms):
-            raise QuernelError(f"privacy must say epsilon and neighbours of the release; got {sorted(terms)}")
-        if terms.get("status", "private") != "private":
+        if not {"epsilon", "delta", "neighbours", "status"} <= set(terms):
+            raise QuernelError(
+                f"privacy must say epsilon, delta, neighbours and status of the release; got {sorted(terms)}"
+            )
+        if terms["status"] != "private":
             raise QuernelError(f"privacy must be that of a private release; its status is {terms['status']!r}")
         if isinstance(feature_map.gamma, str):
             raise QuernelError(
@@ -250,9 +251,8 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
         beta = best_weights(picked @ picked.T, picked @ torch.from_numpy(target), None, simplex=True)
         made._keep(rows[chosen], beta, [float((beta @ picked - torch.from_numpy(target)).square().sum())])
         made.gamma_, made.error_, made.n_rows_ = float(feature_map.gamma_), None, 0
-        made.epsilon_ = check_float("privacy['epsilon']", terms["epsilon"], low=0.0, open_low=True)
-        made.neighbours_ = check_choice("privacy['neighbours']", terms["neighbours"], NEIGHBOURS)
-        made.delta_ = check_float("privacy['delta']", terms.get("delta", 0.0), low=0.0, high=1.0, open_high=True)
+        made.epsilon_, made.delta_, made.neighbours_ = (terms[name] for name in ("epsilon", "delta", "neighbours"))
+        check_promise(made)
         return made
 
     def _reduce(self, x: Floats, progress: Progress | None) -> Tensor:
@@ -287,7 +287,7 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
     def _start(self, target: MeanTarget) -> tuple[Tensor, Tensor, Tensor]:
         """Return the cluster of each row, the means and the shares of the clusters."""
         rows, m = target.rows, self.n_points
-        order = torch.from_numpy(generator(self.random_state).permutation(len(rows)))
+        order = torch.from_numpy(generator(self.random_state, "random_state").permutation(len(rows)))
         # Seeds are rows at even distances in their order, which is a random one here.
         found = kmeans(rows[order][None], m, iterations=_LLOYD, start="spaced")
         assignment = torch.empty_like(order)

@@ -76,7 +76,7 @@ class ProjectionDPP:
 
     def sample(self, random_state: Seed = None) -> Points:
         """Return m points in random order: (m, dim), or row numbers (m,)."""
-        return self._chain(generator(random_state))[0]
+        return self._chain(generator(random_state, "random_state"))[0]
 
     def _chain(self, rng: np.random.Generator) -> tuple[Points, Array]:
         """Return the points in the order of the chain rule, and the orthonormal basis (m, m) that they left."""
@@ -208,7 +208,7 @@ class VolumeSampler:
         QuernelError
             If ``max_tries`` draws have a least eigenvalue below 1 - delta.
         """
-        rng = generator(random_state)
+        rng = generator(random_state, "random_state")
         best = 0.0
         for tries in range(1, self.max_tries + 1):
             points = self._draw(rng)
@@ -220,8 +220,8 @@ class VolumeSampler:
                 return self._design(points, phi, weights, least, tries)
         raise QuernelError(
             f"none of {self.max_tries} designs of n={self.n} points has a least eigenvalue of 1 - delta = "
-            f"{1 - (self.delta or 0):.3g}; the best has {best:.3g}. Take more points, a larger delta, or "
-            "method='dpp_repeat'"
+            f"{1 - (self.delta or 0):.3g}; the best has {best:.3g}. Take more points"
+            f"{'' if self.method == 'dpp_repeat' else ', method=' + repr('dpp_repeat')} or a larger delta"
         )
 
     def _draw(self, rng: np.random.Generator) -> Points:

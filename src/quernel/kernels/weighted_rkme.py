@@ -17,12 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from quernel._errors import QuernelError
+from quernel._progress import Progress
 from quernel._registry import register
 from quernel._validate import check_finite, check_float
 from quernel.kernels._mean_targets import Floats, mean_target
 from quernel.kernels._random_features import FLOATS
 from quernel.kernels.clustering import cluster_means, nearest
-from quernel.kernels.reduced_mean_embedding import Progress, ReducedMeanEmbedding
+from quernel.kernels.reduced_mean_embedding import ReducedMeanEmbedding
 
 # A mean of unit prompts this short points nowhere.
 _SHORT = 1e-6

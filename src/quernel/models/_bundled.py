@@ -10,7 +10,7 @@ from torch import nn
 
 from quernel._errors import QuernelError
 from quernel._load import save_model
-from quernel.models._cached import Progress
+from quernel._progress import Progress
 from quernel.models._lm_training import tiny_lm
 from quernel.models.decoder import TinyLM
 from quernel.models.digits_cnn import DigitsCNN
@@ -83,4 +83,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     >>> type(quernel.load(folder)).__name__
     'DigitsCNN'
     """
+    if not isinstance(model, nn.Module):
+        raise QuernelError(
+            f"model must be an nn.Module; got {type(model).__name__}. Estimators have a save() of their own; of a "
+            "Pipeline save the last step, e.g. pipeline[-1].save(path)"
+        )
     return save_model(model, path)

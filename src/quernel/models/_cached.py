@@ -23,7 +23,6 @@ from quernel._io import digest_of, read_folder
 from quernel._load import load, save_model
 from quernel.data import cache_folder
 
-Progress = Callable[[str, float], None]
 Train = Callable[[], tuple[nn.Module, Mapping[str, float]]]
 
 _log = logging.getLogger(__name__)

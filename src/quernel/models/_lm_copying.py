@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quernel.models._cached import Progress
+from quernel._progress import Progress
 from quernel.models._lm_tasks import logits_of, windows_of
 from quernel.models.decoder import TinyLM
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quernel import data
+from quernel._progress import Progress
 from quernel._validate import check_choice, check_int
 from quernel.models import _lm_copying
-from quernel.models._cached import Progress, measured, seeded, trained
+from quernel.models._cached import measured, seeded, trained
 from quernel.models._lm_tasks import NegativeCrossEntropy, logits_of
 from quernel.models.decoder import TinyLM
 

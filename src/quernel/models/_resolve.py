@@ -14,9 +14,9 @@ from quernel._errors import FormatError, MissingExtraError, QuernelError
 from quernel._io import CONFIG, is_quernel_folder, read_safetensors
 from quernel._load import load as load_folder
 from quernel._module_tree import assign_tensors
+from quernel._progress import Progress
 from quernel._transformers import harmless_attention
 from quernel.models._bundled import load, names
-from quernel.models._cached import Progress
 from quernel.models._sentence_folder import is_sentence_folder
 from quernel.models.sentence_encoder import SentenceEncoder
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quernel import data
+from quernel._progress import Progress
 from quernel._registry import register
 from quernel._timing import threads
 from quernel._validate import check_int
-from quernel.models._cached import Progress, measured, seeded, trained
+from quernel.models._cached import measured, seeded, trained
 
 _RECIPE: dict[str, Any] = {
     "version": 1,

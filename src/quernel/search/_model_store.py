@@ -23,7 +23,7 @@ from quernel._validate import check_finite
 from quernel.kernels import WeightedRKME, gaussian_kernel
 from quernel.kernels._specification import Specification, check_comparable
 from quernel.search._ragged import Ragged, RaggedVectors
-from quernel.search._stored_numbers import VectorType
+from quernel.search._stored_numbers import VectorType, check_storable
 
 Rows = NDArray[np.float32]
 Slots = NDArray[np.int64]
@@ -36,6 +36,7 @@ class Specs:
     z: Ragged
     weights: NDArray[np.float32]
     u: Ragged | None
+    privacy: tuple[dict[str, Any] | None, ...]
 
     def __len__(self) -> int:
         return len(self.z)
@@ -120,11 +121,16 @@ class ModelStore:
                     )
         points = [_unit(spec.z_) if self.kernel == "cosine" else spec.z_ for spec in specs]
         weights = [spec.beta_ / spec.beta_.sum() for spec in specs]
-        return Specs(
+        found = Specs(
             Ragged.of(name, points, self.z.dim),
             np.concatenate([np.zeros(0), *weights]).astype(np.float32),
             None if self.u is None else Ragged.of(name, [spec.u_ for spec in specs], self.u.dim),
+            tuple(spec.privacy for spec in specs),
         )
+        for part in (found.z, found.u):
+            if part is not None:
+                check_storable(name, part.rows, self.z.dtype)
+        return found
 
     def append(self, specs: Specs) -> None:
         """Put models into the next slots."""

@@ -22,7 +22,10 @@ def best_temperature(index: ModelIndex, temperatures: Sequence[float], points: i
     values = [check_float("temperatures", value, low=0.0, open_low=True) for value in temperatures]
     store = index._store
     if not values or store.u is None or len(index) < 2:
-        raise QuernelError("temperatures needs at least one value and an index of two models or more, with prompts")
+        raise QuernelError(
+            "a temperature is chosen among values in temperatures, by prompts of two models or more; "
+            f"got {len(values)} values and {len(index)} models{', without prompts' * (store.u is None)}"
+        )
     draw = generator(seed)
     images: list[np.ndarray] = []
     prompts: list[np.ndarray] = []

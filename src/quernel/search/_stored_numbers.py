@@ -19,6 +19,15 @@ _BLOCK = 2**14
 Rows = NDArray[np.float32]
 
 
+def check_storable(name: str, rows: Rows, dtype: VectorType) -> None:
+    """Raise if a number is beyond what the type holds."""
+    if dtype == "float16" and rows.size and float(np.abs(rows).max()) > _FLOAT16_MAX:
+        raise QuernelError(
+            f"{name} must be within {_FLOAT16_MAX:g} to be stored as float16; got {np.abs(rows).max():g}. "
+            'Scale the vectors, or take dtype="float32"'
+        )
+
+
 def encoded(rows: Rows, dtype: VectorType) -> tuple[NDArray[Any], Rows | None]:
     """Return rows as they are kept, and the scale of each for int8: its largest |coordinate| / 127.
 
@@ -34,11 +43,7 @@ def encoded(rows: Rows, dtype: VectorType) -> tuple[NDArray[Any], Rows | None]:
     ([[127, -64]], [[1.0, -0.5]])
     """
     if dtype != "int8":
-        if dtype == "float16" and rows.size and float(np.abs(rows).max()) > _FLOAT16_MAX:
-            raise QuernelError(
-                f"x must be within {_FLOAT16_MAX:g} to be stored as float16; got {np.abs(rows).max():g}. "
-                'Scale the vectors, or take dtype="float32"'
-            )
+        check_storable("x", rows, dtype)
         return rows.astype(dtype, copy=False), None
     codes, scales = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32)
     for first in range(0, len(rows), _BLOCK):

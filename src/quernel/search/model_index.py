@@ -183,7 +183,7 @@ class ModelIndex(Index):
         ids : sequence of int, optional
             A non-negative id a model; default counts on from the largest so far.
         meta : sequence of mappings, optional
-            Anything that JSON holds, one a model: names, addresses, licences. See ``meta()``.
+            Anything that JSON holds: names, addresses, licences; "privacy" is what a private specification promises.
 
         Raises
         ------
@@ -192,6 +192,8 @@ class ModelIndex(Index):
         """
         specs = self._items("x", x)
         held = checked_meta(meta, len(specs))
+        for said, promise in zip(held, specs.privacy, strict=True):
+            said.update({} if promise is None else {"privacy": promise})
         super().add(specs, ids)
         self._meta.extend(held)
         return self
@@ -205,7 +207,9 @@ class ModelIndex(Index):
         wanted = np.asarray(ids).reshape(-1)
         if len(wanted) != len(specs) or len(np.unique(wanted)) != len(wanted):
             raise QuernelError(f"ids must be {len(specs)} different ids, one a specification; got {ids!r}")
-        held = [self.meta(i) for i in wanted] if meta is None else checked_meta(meta, len(specs))
+        held = checked_meta([self.meta(i) for i in wanted] if meta is None else meta, len(specs))
+        for said in held if meta is None else ():
+            said.pop("privacy", None)  # of the points that go
         self.remove(wanted)
         return self.add(specs, wanted, meta=held)
 

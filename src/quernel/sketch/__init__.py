@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "PrivateSimilarityClassifier": ".private_similarity",
         "PublicDistanceSum": ".private_distance",
         "PublicKDE": ".private_kde",
-        "PublicSimilarities": ".private_similarity",
+        "PublicSimilarities": ".class_similarities",
         "RACE": ".race",
         "RepresenterClassifier": ".representer",
         "RepresenterRegressor": ".representer",

@@ -23,7 +23,7 @@ from quernel._threads import parallel_ranges
 from quernel._validate import check_choice, check_float, check_int
 from quernel.kernels.features import SHIFT_INVARIANT, hadamard_directions, hadamard_projection, spectral_directions
 from quernel.sketch._exponential_sum import ExponentialSum
-from quernel.sketch._pair_kernels import add_pairs, add_rows, write_pairs
+from quernel.sketch._pair_kernels import add_pairs, add_rows, projected, write_pairs
 from quernel.sketch.dp.domain import ROUNDING
 from quernel.sketch.dp.noise import Integers
 from quernel.sketch.dp.vector_sum import GRAIN
@@ -156,8 +156,11 @@ class SpectralMap:
     def _reduced(self, block: Rows) -> Rows:
         if self.jl_dim is None:
             return block
-        signs, lengths = self._projection
-        return hadamard_projection(block, signs, lengths)
+        if block.dtype == np.float32:
+            signs, lengths = self._projection
+            return hadamard_projection(block, signs, lengths)
+        # In float64 that goes through products, where a row's place may matter.
+        return projected(np.asarray(block, np.float64), self._axes)
 
     @functools.cached_property
     def _drawn(self) -> tuple[Floats, Floats]:
@@ -172,6 +175,12 @@ class SpectralMap:
     def _projection(self) -> tuple[Any, Any]:
         drawn = hadamard_directions(self.jl_dim or 1, self.dim, spawn(self.seed, 2)[1])
         return drawn.signs, drawn.lengths * (self.jl_dim or 1) ** -0.5
+
+    @functools.cached_property
+    def _axes(self) -> Floats:
+        """Rows of the projection as a matrix (k, dim)."""
+        signs, lengths = self._projection
+        return np.ascontiguousarray(hadamard_projection(np.eye(self.dim), signs, lengths).T)
 
     @functools.cached_property
     def _cast(self) -> dict[Any, torch.Tensor]:
@@ -220,9 +229,13 @@ class RowMap:
         return np.asarray(y @ values.T / self.radius, np.float64)
 
 
+# Rules by which kernels' widths are usually read off the rows.
+_DATA_RULES = ("median", "scale", "auto", "scott", "silverman")
+
+
 def check_bandwidth(bandwidth: Any) -> float:
     """Return a bandwidth > 0; refuse the rules that would look at the rows."""
-    if isinstance(bandwidth, str):
+    if isinstance(bandwidth, str) and bandwidth in _DATA_RULES:
         raise QuernelError(
             f"bandwidth={bandwidth!r} would be computed from the private rows, and would tell of them whatever "
             "noise is added later. Give a number that you know from public data or from the units of the columns"

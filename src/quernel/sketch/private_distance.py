@@ -187,7 +187,7 @@ class PrivateDistanceSum(PrivateStructure):
     leaves : int, default=256
         Leaves m of a tree, a power of two.
     method : {"consistent", "shells"}, default="consistent"
-        "shells" is the paper's query, for "l1" and "l2"; on average some ten times less accurate.
+        "shells" is the paper's query, for "l1" and "l2"; on average more than twenty times less accurate.
     shell_ratio : float, default=1.1
         1 + alpha of the shells.
     n_projections : int, default=32
@@ -339,6 +339,9 @@ class PrivateDistanceSum(PrivateStructure):
     def _add(self, other: Self) -> None:
         self._exact += other._exact
         self._rows += other._rows
+
+    def _forget(self) -> None:
+        self._held, self._rows = None, 0
 
     def _published(self, values: Floats, privacy: dict[str, Any]) -> PublicDistanceSum:
         low, high = self.domain.box(self._dim)

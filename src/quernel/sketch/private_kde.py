@@ -190,6 +190,8 @@ class PrivateKDE(PrivateStructure):
         self.n_features = chosen_features(n_features, expected_rows, epsilon, delta)
         self.jl_dim, self.feature_seed = jl_dim, feature_seed
         self.domain, self.clip = domain_from_json(domain), check_bool("clip", clip)
+        if clip and domain is None:
+            raise QuernelError("clip=True needs a domain to move rows into, e.g. domain=Ball(1.0)")
         self.count_weight = count_weight
         # Under "replace" everybody knows how many rows there are.
         self._count_steps = 0 if neighbours == "replace" else count_steps(count_weight)
@@ -255,6 +257,9 @@ class PrivateKDE(PrivateStructure):
         self._total += other._total
         self._rows += other._rows
 
+    def _forget(self) -> None:
+        self._total, self._rows = np.zeros_like(self._total), 0
+
     def _published(self, values: NDArray[np.float64], privacy: dict[str, Any]) -> PublicKDE:
         n_rows = None
         if self.terms.neighbours == "replace":
@@ -272,6 +277,8 @@ class PrivateKDE(PrivateStructure):
 
 def chosen_features(n_features: int | None, expected_rows: int | None, epsilon: float, delta: float) -> int:
     """Return a number of frequencies that follows from public numbers alone."""
+    if expected_rows is not None:
+        check_int("expected_rows", expected_rows, low=1)
     if n_features is not None:
         return check_int("n_features", n_features, low=1)
     if delta > 0:
@@ -281,5 +288,5 @@ def chosen_features(n_features: int | None, expected_rows: int | None, epsilon: 
             "n_features=None with delta=0 needs expected_rows, a public guess of how many rows there will be: "
             "noise grows with the number of features, and the best one is about expected_rows * epsilon / 2"
         )
-    best = round(check_int("expected_rows", expected_rows, low=1) * epsilon / 2)
+    best = round(expected_rows * epsilon / 2)
     return min(max(best, LEAST_FEATURES), MOST_FEATURES)

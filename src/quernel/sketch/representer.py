@@ -115,7 +115,7 @@ class _Representer(SavedEstimator, BaseEstimator):
         check_int("finetune_epochs", self.finetune_epochs, low=0)
         check_float("finetune_rate", self.finetune_rate, low=0.0, open_low=True)
         check_choice("bits", self.bits, tuple(STORED))
-        generator(self.random_state)
+        generator(self.random_state, "random_state")
 
     def check_state(self) -> None:
         """Raise unless the fitted attributes fit each other and the parameters."""
@@ -133,7 +133,7 @@ class _Representer(SavedEstimator, BaseEstimator):
         return Cells.of(self.settings, self.n_rows, self.n_cells, self.directions, seed)
 
     def _train(self, x: Floats, y: NDArray[Any], loss: Loss) -> None:
-        draw = generator(self.random_state)
+        draw = generator(self.random_state, "random_state")
         self.hash_seed_ = int(draw.integers(2**63))
         cells = self._cells(self.hash_seed_)
         # Tables are float32, whatever the rows are.

@@ -24,7 +24,7 @@ from quernel.train.hoc_loss import HOCLoss, at_least_single
 from quernel.train.replay_buffer import ReplayBuffer, rows_of
 
 Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-Progress = Callable[[int, int, float], None]
+EpochProgress = Callable[[int, int, float], None]
 
 
 def adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -107,7 +107,7 @@ class CompatibleTrainer:
         memory_share: float = 0.5,
         optimizer: Optimizer = adam,
         seed: int = 0,
-        progress: Progress | None = None,
+        progress: EpochProgress | None = None,
     ) -> None:
         check_type("backbone", backbone, nn.Module)
         check_type("memory", memory, (ReplayBuffer, type(None)))

@@ -176,7 +176,7 @@ def test_what_is_no_input_is_refused(bits, message):
         ({"scope": "one"}, "scope must be one of"),
         ({"tol": 0.0}, "tol must be"),
         ({"n_steps": 0}, "n_steps must be"),
-        ({"random_state": -1}, "seed must be"),
+        ({"random_state": -1}, "random_state must be"),
         ({"mode": "ensemble", "lr": 100.0}, "lr must be below 2 /"),
     ],
 )

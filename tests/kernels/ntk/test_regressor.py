@@ -6,7 +6,7 @@ from sklearn.datasets import load_diabetes
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
 from quernel._errors import QuernelError
-from quernel.kernels import NTKernel, NTKRegressor, ntk_dynamics
+from quernel.kernels import JitterWarning, NTKernel, NTKRegressor, ntk_dynamics
 
 
 def diabetes(n=200):
@@ -73,5 +73,9 @@ def test_bad_parameters_are_refused():
     ):
         with pytest.raises(QuernelError, match=message):
             NTKRegressor(**options).fit(x, y)
+    with pytest.raises(QuernelError, match="X has rows of zeros only"):
+        NTKRegressor().fit(np.zeros((5, 2)), np.ones(5))
+    with pytest.warns(JitterWarning, match="the kernel of X plus ridge .* Regularise more$"):
+        NTKRegressor().fit(np.ones((5, 2)), np.ones(5))
     with pytest.raises(QuernelError, match="exclude each other"):
         NTKRegressor().fit(x, y).predict(x, return_std=True, return_cov=True)

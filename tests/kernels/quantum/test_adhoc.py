@@ -51,7 +51,7 @@ def test_the_kernel_separates_what_the_gap_allows():
         ({"n_qubits": 11}, "n_qubits must be an integer"),
         ({"gap": 1.0}, "gap must be"),
         ({"feature_map": "zz"}, "feature_map must be QuantumFeatureMap"),
-        ({"random_state": "x"}, "seed must be"),
+        ({"random_state": "x"}, "random_state must be"),
     ],
 )
 def test_bad_parameters_are_named(arguments, message):

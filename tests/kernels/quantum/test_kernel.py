@@ -172,7 +172,7 @@ def test_kernels_travel():
         ({"noise": 1.5}, "noise must be"),
         ({"psd": "flip"}, "psd must be one of 'clip', 'shift', 'none'"),
         ({"feature_map": "zz"}, "feature_map must be QuantumFeatureMap"),
-        ({"random_state": -1}, "seed must be"),
+        ({"random_state": -1}, "random_state must be"),
     ],
 )
 def test_bad_parameters_are_named(options, message):

@@ -34,6 +34,16 @@ def test_the_trace_is_split_and_nothing_is_negative(size, eta):
             assert float(torch.linalg.eigvalsh(part).min()) > -1e-12
 
 
+@pytest.mark.parametrize("eta", [0.0, 1e-12, 1e-9, 1e-3])
+@pytest.mark.parametrize("apart", [1e-12, 1e-7, 1e-5, 1e-3])
+def test_nothing_is_negative_where_columns_are_nearly_the_same(apart, eta):
+    t, x = features(60, 10, 8)
+    t = t.clone()
+    t[:, 5:] = t[:, :5] + apart * t[:, 5:]
+    split = schur_complement(t, x + 10 * t[:, :8], eta)
+    assert float(torch.linalg.eigvalsh(split.residual)[0]) > -1e-12
+
+
 @pytest.mark.parametrize("eta", ETAS)
 @pytest.mark.parametrize("size", SIZES)
 def test_both_forms_have_the_spectrum_of_the_formula(size, eta):

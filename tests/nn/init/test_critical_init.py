@@ -31,6 +31,11 @@ def normal(std):
     return torch.distributions.Normal(0, std)
 
 
+def test_a_generator_is_one_of_torch():
+    with pytest.raises(QuernelError, match="generator must be"):
+        critical_init_(mlp(nn.ReLU), generator=3)
+
+
 @pytest.mark.parametrize(("activation", "name"), [(nn.ReLU, "relu"), (nn.GELU, "gelu"), (nn.Tanh, "tanh")])
 def test_weights_have_the_critical_variance(activation, name):
     net, point = mlp(activation, width=100), criticality(name)

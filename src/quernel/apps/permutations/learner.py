@@ -20,10 +20,11 @@ from sklearn.utils.validation import check_is_fitted
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
+from quernel._progress import Progress
 from quernel._random import Seed, generator
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int
-from quernel.apps.permutations.networks import Networks, Progress, average_outputs, draw_networks, train_networks
+from quernel.apps.permutations.networks import Networks, average_outputs, draw_networks, train_networks
 from quernel.kernels import EnsemblePlan
 from quernel.kernels.ntk import permutation_moments
 from quernel.kernels.ntk.moments import APART, basis_kernels
@@ -130,7 +131,7 @@ class PermutationLearner(SavedEstimator, BaseEstimator):
         check_float("lr", self.lr, low=0.0, open_low=True)
         check_int("n_steps", self.n_steps, low=1)
         check_float("tol", self.tol, low=0.0, open_low=True)
-        generator(self.random_state)
+        generator(self.random_state, "random_state")
 
     def check_state(self) -> None:
         """Raise unless the fitted attributes fit each other and the parameters."""

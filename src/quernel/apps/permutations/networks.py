@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +19,11 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from quernel._errors import QuernelError
+from quernel._progress import Progress
 from quernel._random import Seed, torch_generator
 from quernel._validate import check_float, check_int
 from quernel.kernels import NTKernel
 
-Progress = Callable[[str, float], None]
 # Weights trained together, 4 MB of float64 and as much of gradients; a network with more is trained alone.
 _TOGETHER = 2**19
 # Steps between two looks at the loss.

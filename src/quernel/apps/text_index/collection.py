@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,13 +18,13 @@ import numpy as np
 
 from quernel._array_folder import ArrayFolder, Arrays, take
 from quernel._errors import DataError, FormatError, QuernelError
+from quernel._progress import Progress
 from quernel._registry import register, resolve_class
 from quernel._validate import check_choice, check_int
 from quernel.apps.text_index.kinds import KINDS, Encoder
 from quernel.apps.text_index.passages import Passage, check_text, name_of, passages_of, read_text, text_files
 from quernel.search import Index
 
-Progress = Callable[[str, float], None]
 BUNDLED = "minilm"
 # Passages between two saves: half a minute of encoding, and never less than a twentieth of what is there.
 BATCH, GROWTH = 512, 20

@@ -119,7 +119,7 @@ def training_gain(
     check_schedule(t=t, lr=lr, steps=steps, ridge=ridge)
     if steps is None and math.isinf(t):
         eye = torch.eye(len(ntk), dtype=ntk.dtype, device=ntk.device)
-        return torch.cholesky_inverse(jittered_cholesky(ntk + ridge * eye))
+        return torch.cholesky_inverse(jittered_cholesky(ntk + ridge * eye, name="the kernel of X plus ridge"))
     values, vectors = torch.linalg.eigh(ntk)
     # A kernel has no negative eigenvalues; what rounding makes of zeros must not grow with time.
     values = values.clamp_min(0.0) + ridge

@@ -10,7 +10,9 @@ and two roots an entry and layer.
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
+from quernel._progress import Progress
 from quernel._registry import register
 from quernel._threads import parallel_ranges
 from quernel._validate import check_choice, check_finite, check_float, check_int
@@ -129,9 +132,13 @@ class NTKernel(SavedEstimator, BaseEstimator):
         """
         return self._grams(X, Y, slopes=False).nngp
 
-    def ntk(self, X: Array, Y: Array | None = None) -> Array:
-        """Return the neural tangent kernel: inner products of gradients of the output. Arguments as for ``nngp``."""
-        return self._grams(X, Y, slopes=True).ntk
+    def ntk(self, X: Array, Y: Array | None = None, *, progress: Progress | None = None) -> Array:
+        """Return the neural tangent kernel: inner products of gradients of the output. Arguments as for ``nngp``.
+
+        ``progress(message, fraction)`` is called after every block of 256 x 256 entries, from several threads, but one
+        at a time.
+        """
+        return self._grams(X, Y, slopes=True, progress=progress).ntk
 
     def both(self, X: Array, Y: Array | None = None) -> Kernels:
         """Return both kernels for the price of the tangent kernel. Arguments as for ``nngp``."""
@@ -142,7 +149,7 @@ class NTKernel(SavedEstimator, BaseEstimator):
         self.check_params()
         return like(self._variances(_points("X", X))[-1].to(_dtype(X)), X)
 
-    def _grams(self, X: Array, Y: Array | None, *, slopes: bool) -> Kernels:
+    def _grams(self, X: Array, Y: Array | None, *, slopes: bool, progress: Progress | None = None) -> Kernels:
         self.check_params()
         x = _points("X", X)
         y = x if Y is None or Y is X else _points("Y", Y)
@@ -155,7 +162,7 @@ class NTKernel(SavedEstimator, BaseEstimator):
                 self._layers(x, y, self._variances(x), self._variances(y), self._with_gradients())
             )
         else:
-            found = self._blocked(x, y, _dtype(X), slopes)
+            found = self._blocked(x, y, _dtype(X), slopes, progress)
         nngp, *ntk = (like(part.to(_dtype(X)), X) for part in found)
         return Kernels(nngp, ntk[0] if slopes else None)
 
@@ -192,7 +199,9 @@ class NTKernel(SavedEstimator, BaseEstimator):
             ntk = nngp - self.sigma_b**2
         return nngp, ntk
 
-    def _blocked(self, x: Tensor, y: Tensor, dtype: torch.dtype, slopes: bool) -> list[Tensor]:
+    def _blocked(
+        self, x: Tensor, y: Tensor, dtype: torch.dtype, slopes: bool, progress: Progress | None
+    ) -> list[Tensor]:
         """Return ``_layers`` without gradients, block by block, of K(X, X) half the blocks; Th where asked for."""
         symmetric = x is y
         batch, (n, d), m = x.shape[:-2], x.shape[-2:], y.shape[-2]
@@ -208,6 +217,8 @@ class NTKernel(SavedEstimator, BaseEstimator):
             for j in range(i if symmetric else 0, m, _BLOCK)
         ]
 
+        done, told = itertools.count(1), threading.Lock()
+
         def work(start: int, stop: int) -> None:
             for k, i, j in blocks[start:stop]:
                 left, right = [part[k, i] for part in lefts], [part[k, j] for part in rights]
@@ -217,6 +228,10 @@ class NTKernel(SavedEstimator, BaseEstimator):
                     result[k, i, j] = (block + block.mT) / 2 if symmetric and i == j else block
                     if symmetric and i != j:
                         result[k, j, i] = block.mT
+                if progress is not None:
+                    with told:  # in order, and one at a time
+                        number = next(done)
+                        progress(f"kernel block {number} of {len(blocks)}", number / len(blocks))
 
         parallel_ranges(work, len(blocks))
         return [result.reshape(*batch, n, m) for result in results]

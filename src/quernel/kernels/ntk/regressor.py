@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
+from quernel._progress import Progress
 from quernel._registry import register
 from quernel._validate import check_type
 from quernel.kernels._random_features import FLOATS, Floats
@@ -108,13 +109,18 @@ class NTKRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
             self.kernel.check_params()
         check_schedule(t=self.t, lr=self.lr, steps=self.steps, ridge=self.ridge)
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Train on rows ``X``, shape (n, d), with targets ``y``, shape (n,) or (n, q)."""
+    def fit(self, X: ArrayLike, y: ArrayLike, *, progress: Progress | None = None) -> Self:
+        """Train on rows ``X``, shape (n, d), with targets ``y``, shape (n,) or (n, q).
+
+        ``progress(message, fraction)`` is called as the kernel grows, as by ``NTKernel.ntk``.
+        """
         self.check_params()
         x, targets = validate_data(self, X, y, dtype=FLOATS, y_numeric=True, multi_output=True)
         self.single_target_ = targets.ndim == 1
         self.X_fit_ = np.array(x, order="C")
-        ntk = self._kernel().ntk(_double(self.X_fit_))
+        ntk = self._kernel().ntk(_double(self.X_fit_), progress=progress)
+        if not bool(ntk.diagonal().any()):
+            raise QuernelError("X has rows of zeros only, where the kernel is 0; give the kernel biases, sigma_b > 0")
         gain = training_gain(ntk, t=self.t, lr=self.lr, steps=self.steps, ridge=self.ridge)
         self.gain_ = gain.numpy()
         self.dual_coef_ = (gain @ _double(targets.reshape(len(targets), -1))).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -20,6 +21,8 @@ from quernel.kernels._random_features import FLOATS, Floats
 from quernel.kernels.quantum.feature_map import MOST_QUBITS, QuantumFeatureMap
 
 Labels = NDArray[Any]
+# New rows may lie a little outside of the training rows' range, by which columns are scaled.
+_OVERSHOOT = 0.25
 
 
 class QuantumClassifier(ClassifierMixin, SavedEstimator, BaseEstimator):
@@ -44,7 +47,7 @@ class QuantumClassifier(ClassifierMixin, SavedEstimator, BaseEstimator):
         check_bool("rescale", self.rescale)
         if self.shots is not None:
             check_int("shots", self.shots, low=1)
-        generator(self.random_state)
+        generator(self.random_state, "random_state")
         self._map("complex128")
 
     def check_state(self) -> None:
@@ -60,7 +63,8 @@ class QuantumClassifier(ClassifierMixin, SavedEstimator, BaseEstimator):
         return k * (k - 1) // 2
 
     def _map(self, dtype: Any) -> QuantumFeatureMap:
-        return QuantumFeatureMap(None, self.reps, self.entanglement, self.interactions, self.scale, dtype)
+        held = QuantumFeatureMap(None, self.reps, self.entanglement, self.interactions, self.scale, dtype)
+        return replace(held, margin=_OVERSHOOT) if self.rescale else held
 
     def _training_rows(self, X: ArrayLike, y: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
         """Learn the scaling; return angles and class numbers."""
@@ -74,7 +78,7 @@ class QuantumClassifier(ClassifierMixin, SavedEstimator, BaseEstimator):
             )
         self.classes_, places = np.unique(column_or_1d(labels, warn=True), return_inverse=True)
         if len(self.classes_) < 2:
-            raise QuernelError(f"y must hold at least two classes; got 1 class, {self.classes_[0]!r}")
+            raise QuernelError(f"y must hold at least two classes; got 1 class, {self.classes_.tolist()[0]!r}")
         wide = x.astype(np.float64)
         if self.rescale:
             self.low_ = wide.min(0)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quernel._progress import Progress
 from quernel.kernels.quantum._circuit import Circuit
 
 # R of the paper's risk where expectations are exact: as many shots as blur a probability by about 0.05.
@@ -78,7 +79,7 @@ def paper_risk(expectations: Tensor, targets: Tensor, biases: Tensor, shots: int
     return (math.sqrt(shots) * (0.5 - (p + targets * biases / 2)) / (2 * certain * (1 - certain)).sqrt()).sigmoid()
 
 
-def train_adam(problem: Problem, angles: Tensor, steps: int, rate: float) -> Trained:
+def train_adam(problem: Problem, angles: Tensor, steps: int, rate: float, progress: Progress | None = None) -> Trained:
     """Follow the exact gradient, with a rate that falls to zero along a cosine."""
     angles = angles.clone().requires_grad_()
     biases = torch.zeros(len(angles), dtype=angles.dtype, requires_grad=True)
@@ -89,12 +90,14 @@ def train_adam(problem: Problem, angles: Tensor, steps: int, rate: float) -> Tra
             optimizer.zero_grad()
             problem.risk(angles, biases).sum().backward()
             optimizer.step()
+            if progress is not None:
+                progress(f"step {step + 1} of {steps}", (step + 1) / steps)
     with torch.no_grad():
         return Trained(angles.detach(), biases.detach(), problem.risk(angles, biases))
 
 
 @torch.no_grad()
-def train_spsa(problem: Problem, angles: Tensor, steps: int) -> Trained:
+def train_spsa(problem: Problem, angles: Tensor, steps: int, progress: Progress | None = None) -> Trained:
     """Simultaneous perturbation: two evaluations a step, whatever the number of angles."""
     shape = angles.shape
     point = torch.cat((angles.flatten(1), torch.zeros(len(angles), 1, dtype=angles.dtype)), 1)  # (B, P + 1)
@@ -113,4 +116,6 @@ def train_spsa(problem: Problem, angles: Tensor, steps: int) -> Trained:
     for k in range(steps):
         along, direction = slope(_SHIFT / (k + 1) ** _SHIFT_DECAY)
         point = point - (gain / (k + 1 + wait) ** _STEP_DECAY * along)[:, None] * direction
+        if progress is not None:
+            progress(f"step {k + 1} of {steps}", (k + 1) / steps)
     return Trained(point[:, :-1].reshape(shape), point[:, -1], risk(point))

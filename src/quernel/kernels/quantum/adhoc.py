@@ -72,7 +72,7 @@ def make_adhoc(
     check_float("gap", gap, low=0.0, high=1.0, open_high=True)
     maps = QuantumFeatureMap(dtype="complex128") if feature_map is None else feature_map
     check_type("feature_map", maps, QuantumFeatureMap)
-    draw = generator(random_state)
+    draw = generator(random_state, "random_state")
     unitary = random_unitary(2**n_qubits, draw)
     parity = parity_signs(n_qubits, [range(n_qubits)])[0]
     found: dict[int, list[NDArray[np.float64]]] = {-1: [], 1: []}

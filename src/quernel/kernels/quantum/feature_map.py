@@ -30,8 +30,6 @@ INTERACTIONS = ("zz", "iqp", "z")
 DTYPES = {"complex64": torch.complex64, "complex128": torch.complex128}
 # A state of 20 qubits is 8 MB in complex64.
 MOST_QUBITS = 20
-# Rounding of a column that was scaled to [0, 2 pi].
-_SLACK = 1e-5
 
 
 class AngleRangeWarning(UserWarning):
@@ -58,6 +56,8 @@ class QuantumFeatureMap:
     scale : float, default=1.0
         Bandwidth s. Kernels of many qubits concentrate at 2^-n unless it shrinks, like 1 / n or faster.
     dtype : {"complex64", "complex128"}, default="complex64"
+    margin : float, default=1e-6
+        How far beyond [0, 2 pi] rows may lie before it is warned about, as a share of 2 pi; the default is rounding.
 
     Notes
     -----
@@ -84,6 +84,7 @@ class QuantumFeatureMap:
     interactions: Interactions = "zz"
     scale: float = 1.0
     dtype: Literal["complex64", "complex128"] = "complex64"
+    margin: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.n_qubits is not None:
@@ -93,6 +94,7 @@ class QuantumFeatureMap:
         check_choice("interactions", self.interactions, INTERACTIONS)
         check_float("scale", self.scale, low=0.0, open_low=True)
         check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_float("margin", self.margin, low=0.0)
 
     def transform(self, X: ArrayLike) -> NDArray[np.complexfloating[Any, Any]]:
         """Return the states of the rows of ``X``, shape (N, 2^n).
@@ -105,7 +107,7 @@ class QuantumFeatureMap:
         Warns
         -----
         AngleRangeWarning
-            If values lie outside [0, 2 pi].
+            If values lie outside [0, 2 pi] by more than the margin.
         """
         return cast("NDArray[np.complexfloating[Any, Any]]", self.states(self.checked("X", X)).numpy())
 
@@ -125,10 +127,13 @@ class QuantumFeatureMap:
                 "Reduce them first, e.g. by sklearn.decomposition.PCA"
             )
         check_finite(name, x)
-        if x.size and not (x.min() >= -_SLACK and x.max() <= 2 * math.pi + _SLACK):
+        slack = 2 * math.pi * self.margin
+        if x.size and not (x.min() >= -slack and x.max() <= 2 * math.pi + slack):
+            outside = int(((x < -slack) | (x > 2 * math.pi + slack)).any(1).sum())
             warnings.warn(
-                f"{name} reaches from {x.min():.3g} to {x.max():.3g}; angles belong into (0, 2 pi]. Scale the columns, "
-                "e.g. by sklearn.preprocessing.MinMaxScaler((0, 2 * np.pi))",
+                f"{name} reaches from {x.min():.3g} to {x.max():.3g}; angles belong into (0, 2 pi], and {outside} of "
+                f"{len(x)} rows lie outside. Scale the columns, e.g. by sklearn.preprocessing.MinMaxScaler((0, 2 * "
+                "np.pi)); where they are scaled, these rows are far from those of the training",
                 AngleRangeWarning,
                 stacklevel=3,
             )

@@ -22,7 +22,7 @@ from quernel.kernels.psd import psd_eigenvalues, spectral_entropy
 Matrix = NDArray[np.float64]
 # Share of sqrt(N) below which g leaves no room: the bound of the classical kernel is then below a third of the trivial
 # one whenever the quantum kernel's is at its best.
-_ROOM = 1 / 3
+_ROOM = 1 / 3  # "a third" in words below
 # Variance of the off-diagonal that a thousand shots, of variance up to 0.25 / 1000, cannot resolve.
 _FLAT = 2.5e-4
 
@@ -178,13 +178,14 @@ def _message(found: KernelGeometry) -> str:
     g, root = found.geometric_difference, found.n_rows**0.5
     if found.advantage_possible:
         verdict = (
-            f"The geometric difference is {g:.2f} beside sqrt(N) = {root:.1f}: labels exist that only the quantum "
-            "kernel learns. These need not be such."
+            f"The geometric difference is {g:.2f}, more than a third of sqrt(N) = {root:.1f} for the N = "
+            f"{found.n_rows} rows compared: labels exist that only the quantum kernel learns. These need not be such."
         )
     else:
         verdict = (
-            f"No large advantage can exist: the geometric difference is {g:.2f}, far below sqrt(N) = {root:.1f}, so "
-            "the classical kernel is nearly as good on every labelling of these rows."
+            f"No large advantage can exist: the geometric difference is {g:.2f}, at most a third of sqrt(N) = "
+            f"{root:.1f} for the N = {found.n_rows} rows compared, so the classical kernel is nearly as good on every "
+            "labelling of these rows."
         )
     lines = [verdict]
     simple, classical = found.complexity, found.classical_complexity

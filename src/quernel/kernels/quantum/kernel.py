@@ -81,7 +81,7 @@ class QuantumKernel:
             check_int("shots", self.shots, low=1)
         check_probability("noise", self.noise)
         check_choice("psd", self.psd, REPAIRS)
-        generator(self.random_state)
+        generator(self.random_state, "random_state")
 
     def __call__(self, X: ArrayLike, Y: ArrayLike | None = None) -> Matrix:
         """Return the kernel of all pairs of rows.
@@ -108,7 +108,7 @@ class QuantumKernel:
             k *= 1.0 - self.noise
             k += self.noise * 2.0 ** -np.shape(X)[1]
         if self.shots is not None:
-            draw = generator(self.random_state)
+            draw = generator(self.random_state, "random_state")
             if Y is None:
                 upper = np.triu_indices(len(k), 1)
                 k[upper] = draw.binomial(self.shots, k[upper]) / self.shots

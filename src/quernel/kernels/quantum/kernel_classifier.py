@@ -50,7 +50,8 @@ class QuantumKernelClassifier(QuantumClassifier):
     reps, entanglement, interactions, scale
         Of the ``QuantumFeatureMap``; ``scale`` is the bandwidth, tune it first.
     rescale : bool, default=True
-        Scale each column from its least and largest training value to [0, 2 pi]. If not, rows are angles already.
+        Scale each column from its least and largest training value to [0, 2 pi]; new rows beyond that range by more
+        than a quarter are warned about. If not, rows are angles already.
     precision : {"auto", "complex64", "complex128"}, default="auto"
         Of the states: "auto" is complex64 for float32 rows, else complex128.
     shots : int, optional
@@ -143,7 +144,7 @@ class QuantumKernelClassifier(QuantumClassifier):
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Fit rows ``X``, shape (N, n), one qubit a column, to labels ``y``, shape (N,)."""
         x, places = self._training_rows(X, y)
-        draw = generator(self.random_state)
+        draw = generator(self.random_state, "random_state")
         measured = self._kernel(x.dtype, draw).estimate(x)
         k = measured if self.shots is None else repaired(measured, self.psd)
         # A seed only to keep it from drawing on the global generator: nothing random happens without probabilities.

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from quernel._errors import QuernelError
+from quernel._progress import Progress
 from quernel._random import Seed, generator
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int
@@ -161,19 +162,22 @@ class VariationalQuantumClassifier(QuantumClassifier):
         if self.angles_.shape != wanted:
             raise QuernelError(f"angles_ must have shape {wanted}; got {self.angles_.shape}")
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Fit rows ``X``, shape (N, n), one qubit a column, to labels ``y``, shape (N,)."""
+    def fit(self, X: ArrayLike, y: ArrayLike, *, progress: Progress | None = None) -> Self:
+        """Fit rows ``X``, shape (N, n), one qubit a column, to labels ``y``, shape (N,).
+
+        ``progress(message, fraction)`` is called after every step.
+        """
         x, places = self._training_rows(X, y)
-        draw = generator(self.random_state)
+        draw = generator(self.random_state, "random_state")
         k = len(self.classes_)
         sides = places == 1 if k == 2 else places == np.arange(k)[:, None]
         targets = torch.from_numpy(np.where(np.atleast_2d(sides), 1.0, -1.0)).repeat_interleave(self.n_restarts, 0)
         problem = Problem(self._circuit(x.shape[1]), self._states(x), targets, self.loss, self.shots, draw)
         start = draw.uniform(-math.pi, math.pi, (len(targets), self.depth + 1, x.shape[1], 2))
         if self.optimizer == "adam":
-            trained = train_adam(problem, torch.from_numpy(start), self.n_steps, self.learning_rate)
+            trained = train_adam(problem, torch.from_numpy(start), self.n_steps, self.learning_rate, progress)
         else:
-            trained = train_spsa(problem, torch.from_numpy(start), self.n_steps)
+            trained = train_spsa(problem, torch.from_numpy(start), self.n_steps, progress)
         best = trained.best_of(self.n_restarts)
         self.angles_, self.intercept_, self.risk_ = (t.numpy() for t in (best.angles, best.biases, best.risks))
         return self

@@ -90,7 +90,7 @@ def mmd2(
         raise QuernelError(f"X and Y must have as many columns; got {x.shape[1]} and {y.shape[1]}")
     check_bool("unbiased", unbiased)
     check_int("permutations", permutations, low=0)
-    draw = generator(random_state)
+    draw = generator(random_state, "random_state")
     rows = np.concatenate((x, y))
     width = median_gamma(rows) if gamma == "median" else _positive(gamma)
     first = np.zeros((permutations + 1, len(rows)))
@@ -132,7 +132,7 @@ def median_gamma(X: ArrayLike, *, n_rows: int = 1000, random_state: Seed = 0) ->
     rows = _sample("X", X)
     most = check_int("n_rows", n_rows, low=2)
     if len(rows) > most:
-        rows = rows[generator(random_state).choice(len(rows), most, replace=False)]
+        rows = rows[generator(random_state, "random_state").choice(len(rows), most, replace=False)]
     # Differences, not products: a median near 0 must not be rounding.
     distances = torch.nn.functional.pdist(torch.from_numpy(np.ascontiguousarray(rows)))
     middle = float(np.median(distances.numpy()))

@@ -10,7 +10,7 @@ of Lam_I. Both are float64; with eta = 0, or nearly, eigenvectors take the place
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -91,13 +91,22 @@ def schur_complement(phi_t: Tensor, phi_x: Tensor, eta: float = 1e-3) -> SchurSp
     if eta == 0 and (phi_t.requires_grad or phi_x.requires_grad):
         raise QuernelError("a projector on the range of C_TT has no useful gradient; take eta > 0")
     t, x = phi_t.double(), phi_x.double()
-    return split_of_covariances(t.mT @ t / len(t), t.mT @ x / len(t), x.mT @ x / len(t), eta)
+    c_tt, c_tx = t.mT @ t / len(t), t.mT @ x / len(t)
+    split = split_of_covariances(c_tt, c_tx, x.mT @ x / len(t), eta)
+    # With the rows at hand the same as a sum of squares, which no rounding makes negative.
+    weights = ridge_weights(c_tt, c_tx, eta)
+    rest = x - t @ weights
+    return replace(split, residual=rest.mT @ rest / len(t) + eta * weights.mT @ weights)
 
 
 def split_of_covariances(c_tt: Tensor, c_tx: Tensor, c_xx: Tensor, eta: float, *, spectra: bool = False) -> SchurSplit:
     """Split by features: c_tt (D_T, D_T), c_tx (D_T, D), c_xx (D, D).
 
     With ``spectra`` the explained part may be a smaller matrix of the same nonzero eigenvalues.
+
+    From moments alone the residual is a difference, and semi-definite up to its rounding: half^T half <= C_XX, and half
+    comes from a triangular solve, so that no eigenvalue is below about -eps sqrt(tr C_TT / eta) tr C_XX, in float64
+    1e-14 tr C_XX at eta = 1e-3. ``psd_eigenvalues`` sets such values to zero.
     """
     if eta > 0:
         factor = jittered_cholesky(_raised(c_tt, eta))

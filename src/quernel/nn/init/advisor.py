@@ -27,6 +27,8 @@ from quernel.nn.init.network import ActivationLike, Network, read_network
 
 # r* is an order of magnitude.
 _SLACK = 3.0
+# Names of layers that are part of attention.
+_ATTENTION = ("attention", "attn", "q_proj", "query", "qkv")
 # Where an activation has no nu, the growth of V / K^2 over so many layers stands for it.
 _LAYERS = 32
 # Weights that are so far from critical shrink or blow up a signal twofold over a few layers.
@@ -317,7 +319,7 @@ class ArchitectureAdvisor:
             fluctuations=spread,
             rates=layer_rates(critical, depth),
             present_C_W=present,
-            warnings=(*_about_shape(critical, r, nu, target), *said),
+            warnings=(*said, *_about_shape(critical, r, nu, target)),
         )
 
     def _by_layer(self, critical: Criticality, depth: int, width: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -356,6 +358,11 @@ def _about_shape(critical: Criticality, r: float, nu: float, target: float) -> t
 def _about(network: Network) -> tuple[str, ...]:
     """Say what of a model lies outside of the theory."""
     said = []
+    if any(word in layer.name.lower() for layer in network.layers for word in _ATTENTION):
+        said.append(
+            "attention is outside of the theory: depth, r, r* and rates are those of a plain chain of "
+            f"{len(network.layers)} layers. Query, key and value stand side by side: each counts as a layer"
+        )
     convolutions = sum("Conv" in layer.kind for layer in network.layers)
     if convolutions:
         said.append(f"{convolutions} convolutions: channels count as width; places share weights, the theory has none")
@@ -364,6 +371,4 @@ def _about(network: Network) -> tuple[str, ...]:
     if len(network.activations) > 1:
         names = ", ".join(sorted({act.name for act in network.activations}))
         said.append(f"several activations ({names}): figures are those of {network.activations[0].name}")
-    if any(word in layer.name.lower() for layer in network.layers for word in ("q_proj", "query", "qkv")):
-        said.append("query, key and value stand side by side: each counts as a layer here, so depth is overstated")
     return tuple(said)

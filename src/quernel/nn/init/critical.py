@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
-from quernel._validate import check_float
+from quernel._validate import check_float, check_type
 from quernel.kernels.gaussian_averages import gaussian_average
 from quernel.kernels.theory.critical_points import Criticality, Universality, criticality
 from quernel.kernels.theory.recursions import kernel_recursion
@@ -115,6 +115,8 @@ def critical_init_(
     check_float("input_power", input_power, low=0.0, open_low=True)
     if output_power is not None:
         check_float("output_power", output_power, low=0.0, open_low=True)
+    if generator is not None:
+        check_type("generator", generator, torch.Generator)
     network = read_network(module, activation)
     if not network.activations:
         # One layer: a linear map, to which no activation belongs.

@@ -45,15 +45,22 @@ class PrivateStructure(ABC):
     Notes
     -----
     Records are taken in by ``partial_fit`` (or ``update``, the same); shards are merged before the release, so that
-    noise is added once. The object itself is as private as the rows: it cannot be saved.
+    noise is added once. The object itself is as private as the rows: it cannot be saved. Whether a row is refused (a
+    value that is not finite, or outside the domain without ``clip``, a label that is not among the classes) depends on
+    that row alone, but shows to whoever sees the error: no guarantee covers it.
     """
 
     def __init__(self, terms: PrivacyTerms) -> None:
-        self.terms = check_type("terms", terms, PrivacyTerms)
+        self._terms = check_type("terms", terms, PrivacyTerms)
         self._noise = NoiseSource(terms.insecure_noise_seed)
         self._own = PrivacyLedger(terms.epsilon, terms.delta, neighbours=terms.neighbours)
-        # Whether another structure holds these rows too, so that a budget of one's own sees only some releases.
-        self._shared = False
+        # Whether a ledger of the data set was used, so that a budget of one's own would see only some releases.
+        self._ledgered = False
+
+    @property
+    def terms(self) -> PrivacyTerms:
+        """What a release promises unless it is asked for other terms."""
+        return self._terms
 
     @abstractmethod
     def partial_fit(self, X: Any, y: Any = None) -> Self:
@@ -81,6 +88,10 @@ class PrivateStructure(ABC):
         """Add the sums of a structure with the same ``config()``."""
 
     @abstractmethod
+    def _forget(self) -> None:
+        """Drop all rows."""
+
+    @abstractmethod
     def _published(self, values: NDArray[np.float64], privacy: dict[str, Any]) -> PublicRelease:
         """Build the public object from noisy sums, in units of the contributions."""
 
@@ -89,17 +100,17 @@ class PrivateStructure(ABC):
         return self.partial_fit(x, y)
 
     def merge(self, other: Self) -> Self:
-        """Add another structure's rows, in place; returns the structure itself.
+        """Take over another structure's rows; returns the structure itself.
 
-        The parts must be of different records: one that is in both counts twice, and no release could know. ``other``
-        stays, but can be released with an explicit ledger only, the one that this structure's releases use.
+        ``other`` is empty afterwards, so that its rows are paid for, and counted, once. The parts must be of different
+        records: no release could know of one that was given to both.
 
         Raises
         ------
         QuernelError
             If ``other`` is of another class or differs in a setting; then nothing changed.
         PrivacyError
-            If it is this structure itself, or was released without a ledger.
+            If it is this structure itself, or was released.
         """
         if type(other) is not type(self):
             raise QuernelError(f"other must be a {type(self).__name__} to be merged; got {type(other).__name__}")
@@ -109,20 +120,21 @@ class PrivateStructure(ABC):
             raise QuernelError(f"other must have the same settings to be merged; it has {', '.join(apart)}")
         if other is self:
             raise PrivacyError("other must be another structure: each record would count twice")
-        if other._own.spendings:
+        if other._ledgered or other._own.spendings:
             raise PrivacyError(
-                "other was released under a budget of its own, which this one's release would not know of; give both "
-                "releases one PrivacyLedger"
+                "other was released, under a budget that this one's release need not know of; merge first, then release"
             )
         self._add(other)
-        other._shared = True
+        other._forget()
         return self
 
-    def mechanism(self) -> Mechanism:
+    def mechanism(self, terms: PrivacyTerms | None = None) -> Mechanism:
         """Return the noise that a release gets."""
-        return self.terms.calibrated(self.sensitivity())
+        return (self.terms if terms is None else terms).calibrated(self.sensitivity())
 
-    def release(self, ledger: PrivacyLedger | None = None, *, label: str | None = None) -> Any:
+    def release(
+        self, ledger: PrivacyLedger | None = None, *, terms: PrivacyTerms | None = None, label: str | None = None
+    ) -> Any:
         """Spend budget, add noise, and return the object that may be published.
 
         Parameters
@@ -130,6 +142,9 @@ class PrivateStructure(ABC):
         ledger : PrivacyLedger, optional
             The budget of the data set. Default is one of this object's own, of exactly its epsilon and delta: enough
             for one release, and right only if nothing else is released from these rows.
+        terms : PrivacyTerms, optional
+            Another epsilon, delta or mechanism for this release, paid from the ledger; what neighbours are was settled
+            when the rows came in.
         label : str, optional
             What the ledger calls it; default is the class's name.
 
@@ -142,21 +157,26 @@ class PrivateStructure(ABC):
         BudgetExceeded
             If the ledger does not reach, e.g. for a second release.
         PrivacyError
-            Without a ledger, if the rows were merged into another structure.
+            Without a ledger, if one was given for an earlier release. For terms of another relation, or of noise drawn
+            another way.
         """
         if ledger is None:
-            if self._shared:
+            if self._ledgered:
                 raise PrivacyError(
-                    "these rows were merged into another structure, whose releases a budget of this one's own would "
-                    "not know of; give release() the ledger of the data set"
+                    "these rows were released under a ledger before, and a budget of the structure's own would not "
+                    "know of it; give release() the ledger of the data set"
                 )
             ledger = self._own
         check_type("ledger", ledger, PrivacyLedger)
-        mechanism, sums = self.mechanism(), self._sums()
+        terms = self.terms if terms is None else check_type("terms", terms, PrivacyTerms)
+        if (terms.neighbours, terms.insecure_noise_seed) != (self.terms.neighbours, self.terms.insecure_noise_seed):
+            raise PrivacyError("terms must have the neighbours and the noise source that the structure was built with")
+        mechanism, sums = self.mechanism(terms), self._sums()
         self._noise.check()  # a missing package should cost nothing
         ledger.spend(mechanism, type(self).__name__ if label is None else label)
+        self._ledgered = self._ledgered or ledger is not self._own
         noisy = mechanism.randomise(sums, self._noise)
-        return self._published(noisy.astype(np.float64) * self.grain, self._described(mechanism))
+        return self._published(noisy.astype(np.float64) * self.grain, self._described(mechanism, terms))
 
     def query(self, *_: Any, **__: Any) -> Any:
         """Refuse: exact sums are private."""
@@ -167,12 +187,12 @@ class PrivateStructure(ABC):
             f"{type(self).__name__} holds private sums and cannot be copied out; save what release() gives"
         )
 
-    def _described(self, mechanism: Mechanism) -> dict[str, Any]:
+    def _described(self, mechanism: Mechanism, terms: PrivacyTerms) -> dict[str, Any]:
         """Return what a release says about itself."""
         return {
-            "epsilon": self.terms.epsilon,
-            "delta": self.terms.delta,
-            "neighbours": self.terms.neighbours,
+            "epsilon": terms.epsilon,
+            "delta": terms.delta,
+            "neighbours": terms.neighbours,
             "mechanism": mechanism.kind,
             "discrete": mechanism.discrete,
             # In units of the contributions, as the released values are.
@@ -206,13 +226,18 @@ class PublicRelease(ArrayFolder):
         )  # fmt: skip
 
     def _check_contents(self) -> None:
-        """Check that a file says what was promised, and that the noise it names can be."""
+        """Check that a file says what was promised, and that the noise it names gives it.
+
+        How far one record moves the sums is taken from the file: load releases from those whom you believe.
+        """
         if not isinstance(self.privacy, dict) or set(self.privacy) != _DESCRIPTION:
             raise FormatError(f"privacy must have {sorted(_DESCRIPTION)}; got {self.privacy!r}")
         p = self.privacy
         PrivacyTerms(p["epsilon"], p["delta"], p["neighbours"])
         check_float("noise_std", self.noise_std, low=0.0, open_low=True)
         held = self._mechanism
+        if abs(held.rho - p["rho"]) > _ROUNDED * max(1.0, held.rho):
+            raise FormatError(f"privacy says rho={p['rho']!r}; its noise gives {held.rho:.6g}")
         if held.epsilon(p["delta"]) > p["epsilon"] * (1 + _ROUNDED):
             raise FormatError(
                 f"privacy promises epsilon={p['epsilon']:g}; its noise gives {held.epsilon(p['delta']):.4g}"

@@ -167,6 +167,9 @@ class PrivateVectorSum(PrivateStructure):
         self._total += other._total
         self._rows += other._rows
 
+    def _forget(self) -> None:
+        self._total, self._rows = np.zeros_like(self._total), 0
+
     def _published(self, values: NDArray[np.float64], privacy: dict[str, Any]) -> PublicVectorSum:
         n_rows = None
         if self.terms.neighbours == "replace":
