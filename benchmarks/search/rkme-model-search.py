@@ -65,10 +65,12 @@ def specification(z: np.ndarray, beta: np.ndarray, u: np.ndarray | None) -> Any:
     return spec
 
 
-def searched(prompted: bool, dtype: str) -> SimpleNamespace:
+@cache
+def hub(prompted: bool, dtype: str) -> tuple[Any, np.ndarray]:
+    """Return the index of all models and the topics of their prompts."""
     from quernel.search import ModelIndex
 
-    rows, weights, queries = points()
+    rows, weights, _ = points()
     index = ModelIndex(DIM, GAMMA, prompt_dim=PROMPT if prompted else None, dtype=dtype, n_features=FEATURES)
     draw = np.random.default_rng(1)
     topics = draw.standard_normal((40, PROMPT), dtype=np.float32)
@@ -76,6 +78,12 @@ def searched(prompted: bool, dtype: str) -> SimpleNamespace:
         part = range(first, first + 500)
         prompts = [topics[draw.integers(0, 40, POINTS)] if prompted else None for _ in part]
         index.add([specification(rows[i], weights[i], u) for i, u in zip(part, prompts, strict=True)])
+    return index, topics
+
+
+def searched(prompted: bool, dtype: str) -> SimpleNamespace:
+    queries = points()[2]
+    index, topics = hub(prompted, dtype)
     state = SimpleNamespace(index=index, turn=0, queries=queries, topics=topics, prompted=prompted)
     state.options = [{"prompts": topics[i % 40][None]} if prompted else {} for i in range(len(queries))]
     return state
@@ -161,8 +169,9 @@ def gamma_of(x: np.ndarray) -> float:
     return median_gamma(x)
 
 
-def learnware_spec(gamma: float) -> Any:
-    """Return learnware's reduction of the outputs; only its table specification is loaded, not the whole package."""
+@cache
+def table_specification() -> Any:
+    """Return learnware's module of table specifications, without the rest of the package."""
     found = importlib.util.find_spec("learnware")
     if found is None or not found.submodule_search_locations:
         raise ImportError("learnware is not installed")
@@ -172,8 +181,12 @@ def learnware_spec(gamma: float) -> Any:
         package = types.ModuleType(f"learnware{name}")
         package.__path__ = [str(root / f"learnware{name}".replace(".", "/"))]
         sys.modules[f"learnware{name}"] = package
-    table = importlib.import_module("learnware.specification.regular.table.rkme")
-    spec = table.RKMETableSpecification(gamma=gamma, cuda_idx=-1)
+    return importlib.import_module("learnware.specification.regular.table.rkme")
+
+
+def learnware_spec(gamma: float) -> Any:
+    """Return learnware's reduction of the outputs."""
+    spec = table_specification().RKMETableSpecification(gamma=gamma, cuda_idx=-1)
     # 10 rounds; its default of 3 gives a larger error.
     spec.generate_stat_spec_from_data(outputs().astype(np.float64), K=POINTS, steps=10)
     return spec
