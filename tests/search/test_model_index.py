@@ -183,6 +183,30 @@ def test_meta_update_and_compact():
     np.testing.assert_array_equal(index.search(images, 3)[1], before)
 
 
+def test_a_model_that_cannot_be_stored_does_not_replace_another():
+    held, (images, prompts) = specs(4), queries()
+    index = empty(dtype="float16").add(held)
+    before = index.search(images, 4, prompts=prompts)
+    far = specs(1, seed=5)[0]
+    far.z_ = far.z_ * 1e5
+    with pytest.raises(QuernelError, match="to be stored as float16"):
+        index.update([far], [2])
+    for found, wanted in zip(index.search(images, 4, prompts=prompts), before, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_what_a_private_specification_promises_is_in_the_index():
+    held = specs(2)
+    held[0].epsilon_, held[0].delta_, held[0].neighbours_ = 1.0, 1e-6, "add_remove"
+    index = empty().add(held, meta=[{"name": "a"}, {"name": "b"}])
+    promise = {"epsilon": 1.0, "delta": 1e-6, "neighbours": "add_remove"}
+    assert index.meta(0) == {"name": "a", "privacy": promise} and index.meta(1) == {"name": "b"}
+    assert index.update([held[1]], [0]).meta(0) == {"name": "a"}
+    held[0].epsilon_ = -5.0
+    with pytest.raises(QuernelError, match="epsilon must be"):
+        held[0].check_state()
+
+
 def test_the_temperature_is_chosen_on_the_hub():
     # Broad models of several topics, which differ only within one topic each: the prompt must count, not only decide.
     draw = np.random.default_rng(0)
