@@ -8,13 +8,14 @@ import threading
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
 from quernel import _threads
-from quernel._threads import num_threads, parallel_ranges, workspace
+from quernel._threads import num_threads, one_blas_thread, parallel_ranges, workspace
 
 PARTS = 3  # more than the two cores, so that ranges really queue
 
@@ -349,3 +350,15 @@ def test_workspaces_are_counted() -> None:
     before = _threads.workspace_bytes()
     _threads.workspace("test of counting", 1000, torch.float32)
     assert _threads.workspace_bytes() == before + 4000
+
+
+def test_one_blas_thread_is_given_back_by_the_last_one_out():
+    def counts():
+        return [lib["num_threads"] for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"]
+
+    before = counts()
+    with one_blas_thread:
+        with one_blas_thread:
+            assert set(counts()) <= {1}
+        assert set(counts()) <= {1}
+    assert counts() == before

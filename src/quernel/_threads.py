@@ -225,3 +225,30 @@ def _openmp() -> Callable[[Callable[[int], None], int], None] | None:
         gomp_parallel(callback(body), None, parts, 0)
 
     return team
+
+
+class _OneBlasThread:
+    """Holds NumPy's BLAS at one thread while anybody is inside; the last one out gives the others back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._limits: Any = None
+
+    def __enter__(self) -> None:
+        import threadpoolctl
+
+        with self._lock:
+            if not self._inside:
+                self._limits = threadpoolctl.threadpool_limits(1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._limits.restore_original_limits()
+
+
+# For small matrices between torch's products: the threads of both would wait for each other at every step.
+one_blas_thread = _OneBlasThread()

@@ -23,6 +23,7 @@ from quernel._estimators import SavedEstimator
 from quernel._progress import Progress
 from quernel._random import Seed, generator
 from quernel._registry import register
+from quernel._threads import one_blas_thread
 from quernel._validate import check_bool, check_finite, check_int, check_type
 from quernel.kernels._mean_targets import Floats, MeanTarget, alternate, best_weights, mean_target
 from quernel.kernels._random_features import FLOATS
@@ -266,9 +267,10 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
         assignment, z, shares = self._start(target)
         constant = target.constant() if self.measure_error else 0.0
         told = None if progress is None else _Told(progress)
-        z, beta, history = alternate(
-            target, z, shares, rounds=self.rounds, simplex=self.simplex, constant=constant, told=told
-        )
+        with one_blas_thread:
+            z, beta, history = alternate(
+                target, z, shares, rounds=self.rounds, simplex=self.simplex, constant=constant, told=told
+            )
         self._keep(target.outside(z).astype(x.dtype), beta, history)
         # Of numbers whose difference may be all rounding; a squared distance is not negative.
         self.error_ = max(0.0, history[-1]) if self.measure_error else None
