@@ -19,7 +19,7 @@ from quernel import data
 from quernel.kernels.features import shift_invariant_kernel
 from quernel.sketch import PrivateDistanceSum, PrivateKDE, PrivateSimilarityClassifier
 from quernel.sketch._count_trees import l1_coefficients
-from quernel.sketch.dp import Mechanism, PrivacyLedger, PrivacyTerms, Sensitivity, calibrate
+from quernel.sketch.dp import Mechanism, PrivacyLedger, Sensitivity, calibrate
 from quernel.sketch.dp.noise import NoiseSource
 
 private = Reproduction("private-kde", paper="2403.08917")
@@ -60,8 +60,7 @@ def densities(seed: int) -> dict[tuple[str, float, int], NDArray[np.float64]]:
         kde.partial_fit(images("train"))
         for epsilon in (0.5, 1.0):
             for name, delta in (("gaussian", FASHION_DELTA), ("laplace", 0.0)):
-                terms = PrivacyTerms(epsilon, delta, mechanism=name)
-                release = kde.release(PrivacyLedger(epsilon, delta), terms=terms)
+                release = kde.release(PrivacyLedger(epsilon, delta), epsilon=epsilon, delta=delta, mechanism=name)
                 found[name, epsilon, n_features] = release.query(images("test")[:QUERIES])
     return found
 

@@ -15,6 +15,7 @@ import itertools
 import math
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 from _harness import Outcome, Reproduction, at_least, at_most
@@ -214,16 +215,19 @@ def accuracies(name: str, seed: int) -> dict[str, float]:
 
 def declare_table(name: str) -> None:
     """Enter the claims of one ordinary table."""
+    about: dict[str, Any] = {
+        "scale": f"{TABLES[name][1]} qubits (principal components), five outer folds",
+        "data": f"{name}, scikit-learn" + (", 1,000 rows" if name == "digits" else ""),
+        "seeds": (0, 1, 2),
+    }
 
     @quantum.claim(
         name=f"bandwidth-{name}",
         claim=f"On ordinary data the bandwidth decides, not the circuit: {name}",
-        scale=f"{TABLES[name][1]} qubits (principal components), five outer folds",
-        data=f"{name}, scikit-learn" + (", 1,000 rows" if name == "digits" else ""),
         metric="cross-validated accuracy (%) with a tuned bandwidth",
         baseline="the paper's s = 1",
         rule=at_least(0.0, of="ours - baseline"),
-        seeds=(0, 1, 2),
+        **about,
     )
     def compare(seed: int) -> Outcome:
         found = accuracies(name, seed)
@@ -234,13 +238,11 @@ def declare_table(name: str) -> None:
     @quantum.claim(
         name=f"accuracy-{name}",
         claim=f"With a tuned bandwidth the quantum kernel is no worse than a Gaussian one on ordinary data: {name}",
-        scale=f"{TABLES[name][1]} qubits (principal components), five outer folds",
-        data=f"{name}, scikit-learn" + (", 1,000 rows" if name == "digits" else ""),
         metric="cross-validated accuracy (%)",
         baseline="SVC(rbf) of the same columns, tuned",
         rule=at_least(-3.0, of="ours - baseline"),
         checks=("at least as accurate as with s = 1",),
-        seeds=(0, 1, 2),
+        **about,
     )
     def run(seed: int) -> Outcome:
         found = accuracies(name, seed)

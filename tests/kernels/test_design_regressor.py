@@ -69,14 +69,25 @@ def test_labels_may_come_after_a_query_without_a_seed():
     model = DesignRegressor()
     rows = model.query(x)
     assert model.fit(x, y[rows]).indices_.tolist() == rows.tolist()
-    with pytest.raises(QuernelError, match=r"Call query\(X\) first"):
+    with pytest.raises(QuernelError, match=r"rows that query\(X\) names now"):
         DesignRegressor().fit(x, y[rows])
     with pytest.raises(QuernelError, match="inconsistent numbers of samples"):
         DesignRegressor(random_state=0).fit(x, y[rows][:-1])
     other = copy.deepcopy(model)
     np.testing.assert_array_equal(other.predict(x), model.predict(x))
-    with pytest.raises(QuernelError, match=r"Call query\(X\) first"):
+    with pytest.raises(QuernelError, match=r"rows that query\(X\) names now"):
         other.fit(x, y[rows])
+
+
+def test_rows_drawn_by_chance_are_not_forgotten_by_saving(tmp_path):
+    x, y = diabetes()
+    by_chance, seeded = DesignRegressor(), DesignRegressor(random_state=0)
+    rows, named = by_chance.query(x), seeded.query(x)
+    with pytest.raises(QuernelError, match="random_state must be an integer to be saved between query and fit"):
+        by_chance.save(tmp_path / "m")
+    assert by_chance.fit(x, y[rows]).save(tmp_path / "m").exists()
+    twin = quernel.load(seeded.save(tmp_path / "n"))
+    np.testing.assert_array_equal(twin.fit(x, y[named]).coef_, seeded.fit(x, y[named]).coef_)
 
 
 def test_saved_with_its_features(tmp_path):

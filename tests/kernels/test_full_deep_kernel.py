@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_diabetes
 
 from quernel._errors import QuernelError
 from quernel.kernels import FullDeepKernel
@@ -110,3 +111,12 @@ def test_ascent_needs_no_gradient_mode():
     x, y = rows()
     with torch.no_grad():
         assert FullDeepKernel(1, max_iter=3).fit(x, y).gram_(1).shape == (12, 12)
+
+
+def test_what_diverges_and_other_columns_are_said():
+    x, y = load_diabetes(return_X_y=True)
+    with pytest.raises(QuernelError, match=r"the optimisation diverged .* Y is not standardised"):
+        FullDeepKernel(1).fit(x[:40], y[:40])
+    fitted = FullDeepKernel(1, max_iter=5).fit(x[:40], (y[:40] - y.mean()) / y.std())
+    with pytest.raises(QuernelError, match="X must have 10 columns, as in fit; got 3"):
+        fitted.predict(x[:, :3])

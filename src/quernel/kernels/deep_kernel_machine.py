@@ -60,7 +60,8 @@ class DeepKernelRegressor(RegressorMixin, DeepKernel):
         First-order arc-cosine kernel (a wide ReLU layer), or squared exponential.
     nu : float or array of L floats, default=1.0
         Weight of each layer's divergence from the kernel below, > 0, beside the log-likelihood of all rows.
-        ``inf`` leaves the Gram layer out: the fixed kernel of an infinitely wide network (NNGP).
+        ``inf`` leaves the Gram layer out: the fixed kernel of an infinitely wide network (NNGP). A few hundred noisy
+        rows are overfitted with 1: choose it by cross-validation.
     noise : "learn" or float, default="learn"
         Variance of the noise, in squared units of y.
     learn_inducing, learn_scales : bool, default=True

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import numpy as np
@@ -139,6 +141,21 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         # Between query and fit there is nothing to keep: an integer random_state names the same rows again.
         return super()._give_state() if hasattr(self, "coef_") else {}
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Save to a folder that ``quernel.load`` reads, fitted or not.
+
+        Raises
+        ------
+        QuernelError
+            If a parameter cannot be written down, or rows that ``query`` drew by chance would be forgotten.
+        """
+        if hasattr(self, "_queried") and not hasattr(self, "coef_") and self.random_state is None:
+            raise QuernelError(
+                "random_state must be an integer to be saved between query and fit: the rows that were drawn by chance "
+                "could not be named again. Query with one, or fit first"
+            )
+        return super().save(path)
+
     def __getstate__(self) -> Any:
         # The basis of the pool is as large as its features; a copy that only predicts needs none.
         state: Any = super().__getstate__()
@@ -245,7 +262,7 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         if not fresh and not isinstance(self.random_state, int | np.integer):
             raise QuernelError(
                 "y has labels of chosen rows, but query(X) was not asked for this X, so that which rows they are is "
-                "not known. Call query(X) first, or give an integer random_state"
+                "not known. Label the rows that query(X) names now, or give the integer random_state that named them"
             )
         self.features_ = None if self.base_features is None else clone(self.base_features).fit(x)
         features = x if self.features_ is None else np.asarray(self.features_.transform(x))

@@ -150,7 +150,13 @@ class FullDeepKernel:
         self._first = _symmetric(x) if self.precomputed else input_gram(x[:0], x).ii
         self._targets = _symmetric(y) if self.likelihood == "gram" else y
         solve = {"gradient": self._by_gradient, "riccati": self._by_cycling, "geodesic": self._by_geodesic}
-        self._grams, self.n_iter_ = solve[self.solver]()
+        try:
+            self._grams, self.n_iter_ = solve[self.solver]()
+        except QuernelError as error:
+            raise QuernelError(
+                f"the optimisation diverged ({error}). Likely causes: (a) Y is not standardised, (b) a noise or a nu "
+                "too small for it, (c) a jitter too small for nearly equal rows"
+            ) from error
         self.objective_ = float(self.objective(self._grams))
         return self
 
@@ -176,12 +182,15 @@ class FullDeepKernel:
         Raises
         ------
         QuernelError
-            With ``precomputed``, or with ``likelihood="gram"``, which has no targets.
+            With ``precomputed``, or with ``likelihood="gram"``, which has no targets; or for other columns than in fit.
         """
         grams = self._fitted()
         if self._inputs is None or self.likelihood == "gram":
             raise QuernelError("predict needs rows and targets: precomputed=False and likelihood='gaussian'")
-        struct = input_gram(_array("X", X), self._inputs)
+        rows = _array("X", X)
+        if rows.shape[1] != self._inputs.shape[1]:
+            raise QuernelError(f"X must have {self._inputs.shape[1]} columns, as in fit; got {rows.shape[1]}")
+        struct = input_gram(rows, self._inputs)
         for gram in grams:
             struct = propagate(struct, gram, self.kernel, self.jitter)
         k = apply_kernel(struct, self.kernel, self.jitter)

@@ -135,10 +135,7 @@ class ModelStore:
     def append(self, specs: Specs) -> None:
         """Put models into the next slots."""
         first, row = len(self.z), int(self.z.offsets[-1])
-        # What may refuse a number comes first: nothing is half added.
-        encoded = RaggedVectors(self.u.dim, self.u.dtype) if self.u is not None else None
-        if encoded is not None and specs.u is not None:
-            encoded.append(specs.u)
+        # ``checked`` refused what cannot be stored: nothing is half added.
         self.z.append(specs.z)
         if self.u is not None and specs.u is not None:
             self.u.append(specs.u)

@@ -205,11 +205,11 @@ class ModelIndex(Index):
         """
         specs = self._items("x", x)
         wanted = np.asarray(ids).reshape(-1)
-        if len(wanted) != len(specs) or len(np.unique(wanted)) != len(wanted):
-            raise QuernelError(f"ids must be {len(specs)} different ids, one a specification; got {ids!r}")
-        held = checked_meta([self.meta(i) for i in wanted] if meta is None else meta, len(specs))
-        for said in held if meta is None else ():
-            said.pop("privacy", None)  # of the points that go
+        if not len(specs) == len(wanted) == np.isin(self._ids.ids[self._ids.alive], wanted).sum():
+            raise QuernelError(f"ids must be {len(specs)} different ids of models in the index; got {ids!r}")
+        if meta is None:  # what was promised of the points that go, goes with them
+            meta = [{k: v for k, v in self.meta(i).items() if k != "privacy"} for i in wanted]
+        held = checked_meta(meta, len(specs))
         self.remove(wanted)
         return self.add(specs, wanted, meta=held)
 

@@ -181,6 +181,7 @@ class ClassSums(PrivateStructure):
 
 
 def map_of(similarity: str, settings: dict[str, Any]) -> FeatureMap:
+    """Return the features that a similarity compares, from settings as a file has them."""
     dim = check_int("dim", settings["dim"], low=1)
     if similarity != "kernel":
         return RowMap(dim, settings["radius"])

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
@@ -190,14 +191,19 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
 
     def decision_function(self, X: ArrayLike) -> Floats:
         """Return the scores (n, C), or for two classes the second minus the first (n,)."""
-        check_is_fitted(self, "public_")
+        self._check_released()
         scores = self.public_.query(validate_data(self, X, dtype=FLOATS, reset=False))
         return np.asarray(scores[:, 1] - scores[:, 0]) if len(self.classes_) == 2 else scores
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Return the most similar class of each row."""
-        check_is_fitted(self, "public_")
+        self._check_released()
         return self.public_.predict(validate_data(self, X, dtype=FLOATS, reset=False))
+
+    def _check_released(self) -> None:
+        if "_collected" in self.__dict__ and "public_" not in self.__dict__:
+            raise NotFittedError("rows were collected, but nothing is released yet; call release()")
+        check_is_fitted(self, "public_")
 
     def _empty(self, dim: int, classes: Any) -> ClassSums:
         if classes is None:
@@ -205,7 +211,7 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
                 "classes must be given, here or to the constructor: the set of labels is part of what is published, "
                 "and reading it off private data would leak"
             )
-        known = np.asarray(list(classes) if isinstance(classes, np.ndarray) and classes.ndim else classes)
+        known = np.asarray(np.asarray(classes).tolist())  # text as such, also out of an array of objects
         if known.ndim != 1 or len(known) < 2 or len(np.unique(known)) != len(known) or known.dtype.kind not in "iuUb":
             raise QuernelError(
                 f"classes must be two or more different integers or strings; got {known.size} "

@@ -320,3 +320,10 @@ def test_arrays_in_any_order_of_memory_are_taken():
     t, x = pairs()
     t.flags.writeable = False
     assert score(t[::-1], np.asfortranarray(x)[::-1]).sce_image == pytest.approx(score(t, x).sce_image, abs=1e-12)
+
+
+def test_pairs_are_not_merged_with_themselves():
+    metric = SchurEntropy().update(np.eye(3), np.eye(3))
+    with pytest.raises(QuernelError, match="pairs that count twice"):
+        metric.merge(metric)
+    assert metric.n_pairs == 3

@@ -31,6 +31,15 @@ def normal(std):
     return torch.distributions.Normal(0, std)
 
 
+def test_frozen_layers_are_left_alone_with_a_note():
+    net = mlp(nn.ReLU)
+    net[0].requires_grad_(False)
+    before = net[0].weight.clone()
+    report = critical_init_(net, generator=generator())
+    assert torch.equal(net[0].weight, before) and len(report.layers) == 4
+    assert [(layer.name, "frozen" in layer.reason) for layer in report.skipped] == [("0", True)]
+
+
 def test_a_generator_is_one_of_torch():
     with pytest.raises(QuernelError, match="generator must be"):
         critical_init_(mlp(nn.ReLU), generator=3)

@@ -71,7 +71,8 @@ class NTKernel(SavedEstimator, BaseEstimator):
 
     Notes
     -----
-    An estimator's parameter, not an estimator: there is nothing to fit. ``GridSearchCV`` reaches ``kernel__depth``.
+    An estimator's parameter, not an estimator: there is nothing to fit. ``GridSearchCV`` reaches ``kernel__depth``
+    where the estimator was given one, ``NTKRegressor(NTKernel())``.
     Tensors that ask for gradients are computed whole, with gradients.
 
     References

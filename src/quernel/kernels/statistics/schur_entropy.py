@@ -152,9 +152,11 @@ class SchurEntropy(ArrayFolder):
         Raises
         ------
         QuernelError
-            If ``other`` has other settings or widths; then nothing changed.
+            If ``other`` has other settings or widths, or is the object itself; then nothing changed.
         """
         check_type("other", other, type(self))
+        if other is self:
+            raise QuernelError("other must be another object: pairs that count twice hide a degenerate regression")
         mine, theirs = self.config(), other.config()
         apart = [f"{k}={mine[k]!r} here and {theirs[k]!r} there" for k in mine if mine[k] != theirs[k]]
         if apart:

@@ -96,9 +96,9 @@ def critical_init_(
 
     Notes
     -----
-    Convolutions have a fan-in of in_channels / groups times the kernel's places. Norms, embeddings, attention and
-    layers of other kinds are left as they are, with a note. Time: that of drawing the weights, and some milliseconds
-    for an activation that is not known by name.
+    Convolutions have a fan-in of in_channels / groups times the kernel's places. Norms, embeddings, attention, layers
+    of other kinds and frozen ones are left as they are, with a note. Time: that of drawing the weights, and some
+    milliseconds for an activation that is not known by name.
 
     References
     ----------
@@ -127,8 +127,12 @@ def critical_init_(
         critical.variances()
     last = len(network.layers) - 1
     first = plain[network.activations[0]]
-    drawn = []
+    drawn: list[LayerInit] = []
+    frozen: list[SkippedLayer] = []
     for i, layer in enumerate(network.layers):
+        if not layer.module.weight.requires_grad:
+            frozen.append(SkippedLayer(layer.name, layer.kind, "it is frozen: requires_grad is False"))
+            continue
         act = layer.activation or network.activations[0]
         weight, bias = (inner if 0 < i < last else plain)[act].variances()
         if i == 0 and first.K_star:
@@ -137,7 +141,7 @@ def critical_init_(
             weight, bias = output_power / _signal(network, first, residual, input_power), 0.0
         drawn.append(_draw(layer, weight, bias, generator))
     warnings = _warnings(network, list(plain.values()), output_power)
-    return InitReport(inner[network.activations[0]], tuple(drawn), network.skipped, warnings)
+    return InitReport(inner[network.activations[0]], tuple(drawn), (*network.skipped, *frozen), warnings)
 
 
 def _signal(network: Network, first: Criticality, residual: float, input_power: float) -> float:

@@ -9,6 +9,7 @@ what is made of the noisy ones.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -128,12 +129,18 @@ class PrivateStructure(ABC):
         other._forget()
         return self
 
-    def mechanism(self, terms: PrivacyTerms | None = None) -> Mechanism:
-        """Return the noise that a release gets."""
-        return (self.terms if terms is None else terms).calibrated(self.sensitivity())
+    def mechanism(self) -> Mechanism:
+        """Return the noise that a release gets unless it is asked for other terms."""
+        return self.terms.calibrated(self.sensitivity())
 
     def release(
-        self, ledger: PrivacyLedger | None = None, *, terms: PrivacyTerms | None = None, label: str | None = None
+        self,
+        ledger: PrivacyLedger | None = None,
+        *,
+        epsilon: float | None = None,
+        delta: float | None = None,
+        mechanism: str | None = None,
+        label: str | None = None,
     ) -> Any:
         """Spend budget, add noise, and return the object that may be published.
 
@@ -142,9 +149,9 @@ class PrivateStructure(ABC):
         ledger : PrivacyLedger, optional
             The budget of the data set. Default is one of this object's own, of exactly its epsilon and delta: enough
             for one release, and right only if nothing else is released from these rows.
-        terms : PrivacyTerms, optional
-            Another epsilon, delta or mechanism for this release, paid from the ledger; what neighbours are was settled
-            when the rows came in.
+            Every ledger knows its own releases only: give all releases of a data set the same one.
+        epsilon, delta, mechanism : optional
+            Other terms for this release than the structure was built with; what is not named stays.
         label : str, optional
             What the ledger calls it; default is the class's name.
 
@@ -157,8 +164,7 @@ class PrivateStructure(ABC):
         BudgetExceeded
             If the ledger does not reach, e.g. for a second release.
         PrivacyError
-            Without a ledger, if one was given for an earlier release. For terms of another relation, or of noise drawn
-            another way.
+            Without a ledger, if one was given for an earlier release; or if the mechanism cannot keep the terms.
         """
         if ledger is None:
             if self._ledgered:
@@ -168,15 +174,18 @@ class PrivateStructure(ABC):
                 )
             ledger = self._own
         check_type("ledger", ledger, PrivacyLedger)
-        terms = self.terms if terms is None else check_type("terms", terms, PrivacyTerms)
-        if (terms.neighbours, terms.insecure_noise_seed) != (self.terms.neighbours, self.terms.insecure_noise_seed):
-            raise PrivacyError("terms must have the neighbours and the noise source that the structure was built with")
-        mechanism, sums = self.mechanism(terms), self._sums()
+        terms = replace(
+            self.terms,
+            epsilon=self.terms.epsilon if epsilon is None else epsilon,
+            delta=self.terms.delta if delta is None else delta,
+            mechanism=self.terms.mechanism if mechanism is None else mechanism,
+        )
+        chosen, sums = terms.calibrated(self.sensitivity()), self._sums()
         self._noise.check()  # a missing package should cost nothing
-        ledger.spend(mechanism, type(self).__name__ if label is None else label)
+        ledger.spend(chosen, type(self).__name__ if label is None else label)
         self._ledgered = self._ledgered or ledger is not self._own
-        noisy = mechanism.randomise(sums, self._noise)
-        return self._published(noisy.astype(np.float64) * self.grain, self._described(mechanism, terms))
+        noisy = chosen.randomise(sums, self._noise)
+        return self._published(noisy.astype(np.float64) * self.grain, self._described(chosen, terms))
 
     def query(self, *_: Any, **__: Any) -> Any:
         """Refuse: exact sums are private."""
