@@ -58,9 +58,10 @@ def densities(seed: int) -> dict[tuple[str, float, int], NDArray[np.float64]]:
     for n_features in FEATURES:
         kde = PrivateKDE(bandwidth=BANDWIDTH, n_features=n_features, delta=FASHION_DELTA, feature_seed=seed)
         kde.partial_fit(images("train"))
+        ledger = PrivacyLedger(1e6, FASHION_DELTA)  # of an experiment: these are not the releases of one owner
         for epsilon in (0.5, 1.0):
             for name, delta in (("gaussian", FASHION_DELTA), ("laplace", 0.0)):
-                release = kde.release(PrivacyLedger(epsilon, delta), epsilon=epsilon, delta=delta, mechanism=name)
+                release = kde.release(ledger, epsilon=epsilon, delta=delta, mechanism=name)
                 found[name, epsilon, n_features] = release.query(images("test")[:QUERIES])
     return found
 
@@ -166,7 +167,8 @@ def distances(seed: int) -> Outcome:
     answers: dict[str, list[NDArray[np.float64]]] = {"consistent": [], "shells": [], "histogram": []}
     for method in ("consistent", "shells"):
         sums = PrivateDistanceSum(leaves=LEAVES, method=method, epsilon=1.0).partial_fit(x)
-        answers[method] = [sums.release(PrivacyLedger(1.0)).query(y) for _ in range(RELEASES)]
+        ledger = PrivacyLedger(float(RELEASES))
+        answers[method] = [sums.release(ledger).query(y) for _ in range(RELEASES)]
     answers["histogram"] = histogram_answers(x, y)
     errors = {name: error_of(np.array(held), truth, len(x)) for name, held in answers.items()}
     rounding = error_of(np.abs(y - x.T).sum(1), truth, len(x))

@@ -105,6 +105,20 @@ def test_finite(make):
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(QuernelError, match="x holds NaN or infinity"):
             check_finite("x", make([1.0, bad]))
+    with pytest.raises(QuernelError, match="x holds NaN or infinity"):
+        check_finite("x", make([math.inf, 1.0, -math.inf]))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_large_numbers_are_finite_though_their_sum_is_not(dtype):
+    large = np.full((3, 2**19), np.finfo(dtype).max, dtype)
+    for x in (large, torch.from_numpy(large)):
+        check_finite("x", x)
+    large[2, -1] = np.nan
+    for x in (large, torch.from_numpy(large)):
+        with pytest.raises(QuernelError, match="x holds NaN or infinity"):
+            check_finite("x", x)
 
 
 def test_integers_that_increase_pass():

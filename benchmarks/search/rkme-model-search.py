@@ -154,12 +154,12 @@ def outputs() -> np.ndarray:
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-def reductions() -> SimpleNamespace:
+def reductions(options: dict[str, Any]) -> SimpleNamespace:
     from quernel.kernels import ReducedMeanEmbedding
 
     x = outputs()
     state = SimpleNamespace(x=x, gamma=gamma_of(x))
-    state.ours = ReducedMeanEmbedding(POINTS, gamma=state.gamma, random_state=0)
+    state.ours = ReducedMeanEmbedding(POINTS, gamma=state.gamma, random_state=0, **options)
     return state
 
 
@@ -239,11 +239,12 @@ def candidates_bound(_: Any, threads: int) -> float:
     return 4 * (MODELS * FEATURES + CANDIDATES * POINTS * DIM) / BANDWIDTH / threads * 1e3
 
 
-def build_bound(_: Any, threads: int) -> float:
-    """Return the milliseconds of 220 evaluations of two products each."""
-    return 220 * 2 * 2 * POINTS * ROWS * DIM / FLOPS / threads * 1e3
+def build_bound(rounds: int, _: Any, threads: int) -> float:
+    """Return the milliseconds of eleven evaluations a round of two products each."""
+    return 11 * rounds * 2 * 2 * POINTS * ROWS * DIM / FLOPS / threads * 1e3
 
 
+LEARNWARE_ROUNDS = "learnware, ten rounds"
 BY_POINTS, BY_MEANS = Isolated("faiss_index", "points"), Isolated("faiss_index", "means")
 
 CASES = [
@@ -281,19 +282,26 @@ CASES = [
         bound="bytes of mean features and of candidates / 34 GB/s a core",
         facts=lambda s: f"recall@10 {recall(s):.3f}, {s.index.nbytes / 2**20:.0f} MiB",
     ),
-    Case(
-        name=f"one specification, {POINTS} points for {ROWS:,} outputs in {DIM} dimensions",
-        setup=reductions,
-        ours=lambda s: s.ours.fit(s.x),
-        peers={
-            "learnware, ten rounds": Isolated("learnware_build", requires=LEARNWARE),
-            f"{BUILD_MS:g} ms": allowed(BUILD_MS * 1e-3),
-        },
-        gate=has_no_larger_error,
-        target={"learnware, ten rounds": 5.0, f"{BUILD_MS:g} ms": 1.0},
-        bound_ms=build_bound,
-        bound="multiply-adds of 220 evaluations at 94 GFLOP/s a core",
-        facts=build_facts,
-        min_ms=100.0,
+    *(
+        Case(
+            name=f"one specification, {POINTS} points for {ROWS:,} outputs in {DIM} dimensions, {named}",
+            setup=partial(reductions, options),
+            ours=lambda s: s.ours.fit(s.x),
+            peers={
+                LEARNWARE_ROUNDS: Isolated("learnware_build", requires=LEARNWARE),
+                f"{BUILD_MS:g} ms": allowed(BUILD_MS * 1e-3),
+            },
+            gate=has_no_larger_error,
+            target={f"{BUILD_MS:g} ms": 1.0} | ({LEARNWARE_ROUNDS: 5.0} if rounds == 1 else {}),
+            bound_ms=partial(build_bound, rounds),
+            bound="multiply-adds of eleven evaluations a round at 94 GFLOP/s a core",
+            facts=build_facts,
+            min_ms=20.0,
+        )
+        # The bar of five times holds "at equal or lower E", which one round is far below; learnware computes no E.
+        for named, rounds, options in (
+            ("as by default", 20, {}),
+            ("rounds=1, measure_error=False", 1, {"rounds": 1, "measure_error": False}),
+        )
     ),
 ]

@@ -4,5 +4,15 @@ Calls come one at a time, but from whatever thread did the work.
 """
 
 from collections.abc import Callable
+from typing import Any
+
+from quernel._errors import QuernelError
 
 Progress = Callable[[str, float], None]
+
+
+def check_progress(progress: Any) -> Progress | None:
+    """Return ``progress`` if it can be called, or is None."""
+    if progress is not None and not callable(progress):
+        raise QuernelError(f"progress must be a function of a message and a fraction, or None; got {progress!r}")
+    return progress

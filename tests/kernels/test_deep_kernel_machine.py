@@ -145,6 +145,8 @@ def test_parameters_that_are_no_good_are_named(options, word):
 
 
 def test_rows_that_are_no_good_are_refused():
+    with pytest.raises(QuernelError, match="y must be smaller"):
+        DeepKernelRegressor(1).fit(np.eye(8), np.geomspace(1.0, 1e200, 8))
     model = DeepKernelRegressor(**{**SMALL, "max_epochs": 1})
     with pytest.raises(ValueError, match="NaN"):
         model.fit(np.where(X > 1.9, np.nan, X), Y)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import LinearRegression, Ridge
-from sklearn.preprocessing import PolynomialFeatures
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 import quernel
 from quernel._errors import QuernelError
@@ -29,6 +29,11 @@ def test_labels_of_other_rows_are_not_read(method):
     few = model.fit(x, y[rows]).predict(x)
     np.testing.assert_array_equal(few, DesignRegressor(method=method, random_state=0).fit(x, wrong).predict(x))
     np.testing.assert_array_equal(model.indices_, rows)
+    wrong[np.setdiff1d(np.arange(len(y)), rows)] = np.nan
+    np.testing.assert_array_equal(few, model.fit(x, wrong).predict(x))
+    wrong[rows[3]] = np.nan
+    with pytest.raises(ValueError, match="Input y contains NaN"):
+        model.fit(x, wrong)
     assert model.rank_ == 11 and model.unbiased_ == (method == "volume")
 
 
@@ -110,6 +115,7 @@ def test_bad_arguments_are_named():
         ({"alpha": -1.0}, "alpha must be"),
         ({"fit_intercept": 1}, "fit_intercept must be"),
         ({"base_features": "rbf"}, "base_features must be a transformer"),
+        ({"base_features": StandardScaler}, "base_features must be a transformer"),
     ):
         with pytest.raises(ValueError, match=message):
             DesignRegressor(**options).fit(x, y)

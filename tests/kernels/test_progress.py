@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_iris
 
+from quernel._errors import QuernelError
 from quernel.kernels import (
     DeepKernelClassifier,
     DeepKernelRegressor,
@@ -37,6 +38,8 @@ def test_progress(model, calls):
     assert calls is None or len(told) == calls
     if hasattr(model, "predict"):
         np.testing.assert_array_equal(model.predict(x), model.fit(x, y[::3]).predict(x))
+    with pytest.raises(QuernelError, match="progress must be a function"):
+        model.fit(x, y[::3], progress=True)
 
 
 def test_progress_of_a_kernel_in_blocks():

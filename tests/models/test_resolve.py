@@ -30,6 +30,9 @@ def tied():
 def wrong():
     return 3
 
+def sized(width):
+    return build()
+
 number = 3
 """
 
@@ -165,6 +168,7 @@ def test_truncated_missing_or_foreign_weights(tmp_path: Path) -> None:
         ("no_such_module:build", "cannot import 'no_such_module'.*PYTHONPATH"),
         ("toy_factory:absent", "has no function 'absent'"),
         ("toy_factory:number", "has no function 'number'"),
+        ("toy_factory:sized", "must be a function that needs no arguments: missing a required argument: 'width'"),
         ("toy_factory:wrong", r"must give an nn\.Module; got int"),
         (":build", "'' of model ':build' is no name of a module"),
         ("./nofolder:build", "'./nofolder' of model './nofolder:build' is no name of a module"),

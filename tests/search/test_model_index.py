@@ -306,7 +306,7 @@ def test_incompatible_specifications(spec, message):
     ("options", "message"),
     [
         ({"prompts": np.ones((1, PROMPT))}, "prompts must be 6 vectors"),
-        ({"prompts": np.zeros((6, PROMPT))}, "none of them 0"),
+        ({"prompts": np.zeros((6, PROMPT))}, "prompts must not be 0; number 0 is"),
         ({"prompts": np.ones((6, 3))}, "prompts must have shape"),
         ({"temperature": 0.0}, "temperature must be"),
         ({"candidates": 3}, "candidates must be"),
@@ -324,8 +324,13 @@ def test_what_an_index_was_not_made_for():
         plain.search(*queries()[:1], prompts=queries()[1])
     with pytest.raises(QuernelError, match="candidates needs random features"):
         plain.search(queries()[0], 2, candidates=2)
-    for meta in ([{}], "ab", [{"a": np.nan}, {}, {}], [1, 2, 3]):
-        with pytest.raises(QuernelError, match="meta must"):
+    for meta, message in (
+        ([{}], "be 3 mappings, one a model; got 1 of dict"),
+        ("abc", "be 3 mappings, one a model; got str"),
+        ([{"a": np.nan}, {}, {}], "hold what JSON can"),
+        ([1, 2, {}], "be 3 mappings, one a model; got 3 of dict, int"),
+    ):
+        with pytest.raises(QuernelError, match=f"meta must {message}"):
             plain.add(specs(3), meta=meta)
     for arguments, message in (
         ({"dim": 0}, "dim"),

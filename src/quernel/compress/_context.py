@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quernel._errors import QuernelError
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel.nn._running import device_of, to_device
 from quernel.nn._running import evaluating as evaluating  # methods take it from here
 
@@ -60,6 +60,7 @@ class Context:
     finetune: Callable[[nn.Module], Any] | None = None
 
     def __post_init__(self) -> None:
+        check_progress(self.progress)
         if isinstance(self.data, Tensor):  # one batch, which would otherwise be read row by row
             object.__setattr__(self, "data", [self.data])
 

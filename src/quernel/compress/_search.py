@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from quernel._errors import QuernelError
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel._validate import check_float, check_int, check_type
 from quernel.compress._compress import Finetune, Result, available, check_needs, compress, metric_name
 from quernel.compress._context import Context, Forward
@@ -200,6 +200,7 @@ def search(
     """
     check_type("budget", budget, Budget)
     check_int("max_combinations", max_combinations, low=0)
+    check_progress(progress)
     if budget.latency_ms is not None and data is None and example_inputs is None:
         raise QuernelError("budget limits latency_ms, but there is nothing to time; pass example_inputs= or data=")
     start = time.perf_counter()

@@ -22,7 +22,7 @@ from sklearn.utils.validation import column_or_1d, validate_data
 from torch.nn import functional as F
 
 from quernel._errors import QuernelError
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel._random import Seed
 from quernel._registry import register
 from quernel._validate import check_bool, check_float, check_int
@@ -188,13 +188,17 @@ class DeepKernelRegressor(RegressorMixin, DeepKernel):
         ``progress(message, fraction)`` is called after every epoch.
         """
         self.check_params()
+        check_progress(progress)
         x, given = validate_data(
             self, X, y, dtype=FLOATS, y_numeric=True, multi_output=True, ensure_min_samples=2, reset=True
         )
         self.single_target_ = given.ndim == 1
         targets = given.reshape(len(given), -1).astype(np.float64)
         self.target_center_ = targets.mean(0)
-        spread = targets.std(0)
+        with np.errstate(over="ignore"):
+            spread = targets.std(0)
+        if not np.isfinite(spread).all():
+            raise QuernelError("y must be smaller: the squares of its values are not finite")
         # Rounding of the mean leaves a constant column a little spread.
         self.target_scale_ = np.where(spread > 1e-12 * np.abs(self.target_center_), spread, 1.0)
         y_scaled = torch.from_numpy((targets - self.target_center_) / self.target_scale_).to(DTYPES[self.dtype])
@@ -327,6 +331,7 @@ class DeepKernelClassifier(ClassifierMixin, DeepKernel):
         ``progress(message, fraction)`` is called after every epoch.
         """
         self.check_params()
+        check_progress(progress)
         x, labels = validate_data(self, X, y, dtype=FLOATS, ensure_min_samples=2)
         check_classification_targets(labels)
         self.classes_, places = np.unique(column_or_1d(labels, warn=True), return_inverse=True)

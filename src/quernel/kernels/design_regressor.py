@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, RegressorMixin, clone
-from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+from sklearn.utils.validation import assert_all_finite, check_array, check_is_fitted, validate_data
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
@@ -51,7 +51,8 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
     Parameters
     ----------
     base_features : transformer, optional
-        Fitted to the pool; default is the columns as they are.
+        Fitted to the pool; default is the columns as they are. What should be saved needs a transformer of Quernel;
+        others can be pickled.
     budget : int or float, default=2.0
         Points to draw; a float is a multiple of m, the number of linearly independent features. A row that is drawn
         twice needs one label.
@@ -163,7 +164,8 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
 
     def check_params(self) -> None:
         """Raise a ``QuernelError`` that names a parameter which is no good."""
-        if self.base_features is not None and not hasattr(self.base_features, "transform"):
+        made = not isinstance(self.base_features, type)
+        if self.base_features is not None and not (made and hasattr(self.base_features, "transform")):
             raise QuernelError(f"base_features must be a transformer or None; got {self.base_features!r}")
         if isinstance(self.budget, int | np.integer):
             check_int("budget", self.budget, low=1)
@@ -213,7 +215,8 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         X : array, shape (N, d)
             The whole pool. If ``query`` was not asked, rows are drawn now.
         y : array, shape (s,), (s, q), (N,) or (N, q)
-            A label for each row of ``query(X)``, in its order; or for every row of X, of which only those are read.
+            A label for each row of ``query(X)``, in its order; or for every row of X, of which only those are read (the
+            others may be NaN).
 
         Raises
         ------
@@ -221,12 +224,11 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
             If the labels are those of another pool's rows, as far as that can be seen.
         """
         self.check_params()
-        whole = y is None or not hasattr(y, "__len__") or np.shape(X)[:1] == (len(cast(Any, y)),)
-        if whole:
-            x, labels = validate_data(self, X, y, dtype=FLOATS, y_numeric=True, multi_output=True, ensure_min_samples=2)
-        else:
-            x = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2)
-            labels = check_array(y, ensure_2d=False, dtype=FLOATS, input_name="y")
+        x = validate_data(self, X, None if y is None else "no_validation", dtype=FLOATS, ensure_min_samples=2)
+        labels = check_array(y, ensure_2d=False, ensure_all_finite=False, dtype=FLOATS, input_name="y")
+        if labels.ndim not in (1, 2):
+            raise QuernelError(f"y must have shape (s,), (s, q), (N,) or (N, q); got {labels.shape}")
+        whole = len(labels) == len(x)
         space, design = self._drawn(x, fresh=whole)
         rows = design.rows
         if whole:
@@ -236,6 +238,7 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
                 f"y must hold a label for each of the {len(rows)} rows that query(X) names, or for all {len(x)} rows "
                 f"of X; got {len(labels)}: inconsistent numbers of samples"
             )
+        assert_all_finite(labels, input_name="y")
         fitted = WeightedLeastSquares(space).fit(design, design.spread(labels))
         self._take_fit(x.dtype, labels.ndim == 1, space, design, fitted.coef_)
         return self

@@ -27,7 +27,8 @@ _MOST_ROWS = 2**31 - 1
 _GRAM_ROWS = 256
 # Of a float64 product, which needs no short sums: bounds the memory of a conversion.
 _GRAM_ROWS_WIDE = 4096
-_GRAM_COLUMNS = 256
+# Columns of a product of which only one side of the diagonal is computed: few save more, powers of two alias.
+_GRAM_COLUMNS = 96
 
 
 class AbsMax:
@@ -224,12 +225,12 @@ class Gram:
     @property
     def sum(self) -> Tensor:
         """``X^T X``, shape (C, C), float64, exactly symmetric."""
-        return (self._sum + self._sum.T) / 2
+        return (self._sum + self._sum.T).div_(2)
 
     def mean(self) -> Tensor:
         """``X^T X / count``, shape (C, C), float64."""
         _check_seen(self.count)
-        return self.sum / self.count
+        return self.sum.div_(self.count)
 
     def state(self) -> dict[str, Tensor]:
         """Return the sum and the count; ``from_state`` takes them back."""

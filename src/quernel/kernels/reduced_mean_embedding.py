@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel._random import Seed, generator
 from quernel._registry import register
 from quernel._threads import one_blas_thread
@@ -37,9 +37,6 @@ from quernel.kernels.statistics.mmd import median_gamma
 _LLOYD = 20
 
 Kernel = Literal["gaussian", "cosine"]
-
-
-# What a release may be private against; see ``quernel.sketch.dp``.
 
 
 def _example() -> dict[str, Any]:
@@ -258,6 +255,7 @@ class ReducedMeanEmbedding(Specification, SavedEstimator, BaseEstimator):
 
     def _reduce(self, x: Floats, progress: Progress | None) -> Tensor:
         """Fit, and return the cluster of each row by k-means in the order of the points."""
+        check_progress(progress)
         if len(x) < self.n_points:
             raise QuernelError(f"n_points={self.n_points} needs at least as many rows; got n_samples={len(x)}")
         if self.kernel == "cosine" and not np.abs(x).max(1).all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,10 @@ def _from_factory(text: str) -> nn.Module:
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         raise QuernelError(f"module {module_name!r} has no function {factory_name!r}; model was {text!r}")
+    try:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError) as error:
+        raise QuernelError(f"{text} must be a function that needs no arguments: {error}") from error
     model = factory()
     if not isinstance(model, nn.Module):
         raise QuernelError(f"{text} must give an nn.Module; got {type(model).__name__}")

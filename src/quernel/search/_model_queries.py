@@ -67,8 +67,10 @@ class Asked:
             raise QuernelError("prompts need an index with prompts; make it with prompt_dim=")
         rows = check_rows("prompts", prompts, dim)
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-        if len(rows) != len(self) or not (lengths > 0).all():
-            raise QuernelError(f"prompts must be {len(self)} vectors, one a query, none of them 0; got {len(rows)}")
+        if len(rows) != len(self):
+            raise QuernelError(f"prompts must be {len(self)} vectors, one a query; got {len(rows)}")
+        if not (lengths > 0).all():
+            raise QuernelError(f"prompts must not be 0; number {int(np.argmin(lengths))} is")
         return Asked(self.images, np.asarray(rows / lengths, np.float32))
 
     def groups(self, images: int, queries: int) -> list[Asked]:

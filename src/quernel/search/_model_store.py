@@ -252,8 +252,10 @@ def checked_meta(meta: Any, n: int) -> list[dict[str, Any]]:
     """Return what is said of n models, as JSON gives it back; {} where nothing is."""
     if meta is None:
         return [{} for _ in range(n)]
-    if not isinstance(meta, Sequence) or len(meta) != n or not all(isinstance(held, Mapping) for held in meta):
-        raise QuernelError(f"meta must be {n} mappings, one a model; got {type(meta).__name__}")
+    listed = isinstance(meta, Sequence) and not isinstance(meta, str)
+    if not listed or len(meta) != n or not all(isinstance(held, Mapping) for held in meta):
+        got = ", ".join(sorted({type(held).__name__ for held in meta})) if listed else type(meta).__name__
+        raise QuernelError(f"meta must be {n} mappings, one a model; got {f'{len(meta)} of ' * listed}{got}")
     try:
         # Through JSON and back: what is kept is what a file gives.
         return [dict(json.loads(json.dumps(dict(held), allow_nan=False))) for held in meta]

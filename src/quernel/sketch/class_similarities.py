@@ -104,6 +104,7 @@ class ClassSums(PrivateStructure):
     ) -> None:
         super().__init__(terms)
         self.classes, self.similarity, self.settings, self.clip = classes, similarity, settings, clip
+        self.dim = settings["dim"]
         self._order = np.argsort(classes, kind="stable")
         self._steps = round(settings["count_weight"] / GRAIN)
         self._totals = np.zeros((len(classes), self._map.n_coords), np.int64)
@@ -120,7 +121,7 @@ class ClassSums(PrivateStructure):
 
     def partial_fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Add rows (n, d) with their labels (n,)."""
-        rows = checked_rows("X", X, self.settings["dim"])
+        rows = checked_rows("X", X, self.dim)
         labels = self._numbered(y, len(rows))
         if self.similarity != "kernel":
             rows = Ball(self.settings["radius"]).applied("X", rows, clip=self.clip)

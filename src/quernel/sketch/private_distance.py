@@ -337,7 +337,8 @@ class PrivateDistanceSum(PrivateStructure):
         return tree_nodes(self._exact).ravel() * round(1 / COUNT_GRAIN)
 
     def _add(self, other: Self) -> None:
-        self._exact += other._exact
+        if other._held is not None:
+            self._exact += other._held
         self._rows += other._rows
 
     def _forget(self) -> None:

@@ -131,7 +131,7 @@ def test_bad_input_is_refused():
         ntk_dynamics(KERNEL, x, y, z, lr=2.01 / largest, steps=5)
     ntk_dynamics(KERNEL, x, y, z, lr=1.99 / largest, steps=5)
     for options, message in (
-        ({"t": -1.0}, "t must be a finite number in"),
+        ({"t": -1.0}, "t must be a number >= 0, or infinity"),
         ({"t": math.nan}, "t must be"),
         ({"t": -math.inf}, "t must be"),
         ({"lr": 0.0}, "lr must be"),

@@ -59,7 +59,7 @@ def test_bad_parameters_are_named(arguments, message):
         make_adhoc(**arguments)
 
 
-def test_a_gap_that_is_never_reached_is_said(monkeypatch):
-    monkeypatch.setattr("quernel.kernels.quantum.adhoc._BATCHES", 1)
-    with pytest.raises(QuernelError, match=r"only 0 of n_per_class=20 rows with gap=0.9.*near 0.12"):
-        make_adhoc(20, 6, gap=0.9, random_state=0)
+def test_a_gap_that_is_never_reached_is_said():
+    # After 41 of 500 batches, since 8 * 500 / 41 < 100.
+    with pytest.raises(QuernelError, match=r"only 0 of n_per_class=100 rows with gap=0.9.* among 41,984:.*near 0.12"):
+        make_adhoc(100, 6, gap=0.9, random_state=0)

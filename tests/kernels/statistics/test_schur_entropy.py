@@ -289,6 +289,8 @@ def test_scores_that_cannot_be_are_refused():
         score(t[:1], x[:1])
     with pytest.raises(QuernelError, match="build with keep_pairs=True"):
         SchurEntropy().update(t, x).compute(resamples=10)
+    with pytest.raises(QuernelError, match="resamples must be 0, or some 20"):
+        SchurEntropy(keep_pairs=True).update(t, x).compute(resamples=1)
     with pytest.raises(QuernelError, match="folds must be 0 or in"):
         SchurEntropy(keep_pairs=True).update(t, x).compute(folds=1)
     with pytest.raises(QuernelError, match=r"ones on its diagonal; it is 59 off"):

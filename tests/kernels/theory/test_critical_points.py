@@ -100,6 +100,11 @@ def test_what_has_no_critical_point_says_so(name):
         found.variances()
 
 
+def test_a_square_has_no_critical_point():
+    """Flat at 0, where only rounding gives it a slope."""
+    assert criticality(lambda z: z**2).cls == Universality.NONE
+
+
 def test_an_activation_that_bends_at_zero_has_a_class_and_no_rate():
     found = criticality("elu")
     assert found.cls == Universality.K_ZERO and found.stable

@@ -10,7 +10,7 @@ import pytest
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from quernel._errors import BudgetExceeded, PrivacyError
+from quernel._errors import BudgetExceeded, PrivacyError, QuernelError
 from quernel.sketch import PrivateDistanceSum, PrivateKDE, PrivateSimilarityClassifier, dp
 from quernel.sketch.dp.noise import NoiseSource
 
@@ -81,8 +81,9 @@ def test_a_release_has_the_noise_of_its_mechanism(name):
     seen = []
     held._published = lambda values, privacy: seen.append(values)
     exact, n = held._sums() * held.grain, 400
+    ledger = dp.PrivacyLedger(1000.0, DELTA)
     for _ in range(n):
-        held.release(dp.PrivacyLedger(1.0, DELTA))
+        held.release(ledger)
     made = held.mechanism()
     noise = (np.array(seen) - exact) / (made.std * held.grain)
     count = noise.size
@@ -102,8 +103,9 @@ def test_a_release_may_have_other_terms_and_keeps_what_is_not_named():
     assert pure.privacy["mechanism"] == "laplace" and pure.privacy["delta"] == 0
     with pytest.raises(AttributeError):
         held.terms = dp.PrivacyTerms(9.0)
-    with pytest.raises(PrivacyError, match="released under a ledger before"):
-        held.release()
+    for other in (None, dp.PrivacyLedger(3.0, 1e-6)):
+        with pytest.raises(PrivacyError, match="released under another budget before"):
+            held.release(other)
     with pytest.raises(BudgetExceeded):  # a budget of its own covers its own terms
         PrivateKDE(dim=2, insecure_noise_seed=0).release(epsilon=2.0)
     with pytest.raises(PrivacyError, match="needs delta > 0"):
@@ -135,6 +137,51 @@ def test_merging_moves_rows_so_that_they_count_and_pay_once(name):
         released.release(ledger)
         with pytest.raises(PrivacyError, match="merge first, then release"):
             second.merge(released)
+
+
+def test_a_ledger_that_knows_of_the_earlier_releases_may_take_over():
+    held = PrivateKDE(n_features=8, dim=2, epsilon=0.5, delta=1e-6, insecure_noise_seed=0).partial_fit(np.zeros((3, 2)))
+    ledger = dp.PrivacyLedger(0.6, 1e-6)
+    held.release(ledger)
+    held.partial_fit(np.ones((2, 2)))  # rows may come later; the next release pays for all
+    with pytest.raises(BudgetExceeded, match="accept a larger budget"):
+        held.release(ledger)
+    larger = dp.PrivacyLedger.from_json(ledger.to_json() | {"epsilon": 2.0})
+    assert held.release(larger).n_rows is not None and len(larger.spendings) == 2
+    with pytest.raises(PrivacyError, match="another budget"):
+        held.release(ledger)  # of two releases it knows one
+    own = PrivateKDE(n_features=8, dim=2, epsilon=0.5, delta=1e-6, insecure_noise_seed=0)
+    own.release()
+    with pytest.raises(PrivacyError, match="another budget"):
+        own.release(dp.PrivacyLedger(9.0, 1e-6))
+
+
+@pytest.mark.parametrize("make", [PrivateKDE, PrivateDistanceSum])
+def test_a_site_without_rows_need_not_know_the_columns(make):
+    settings = {"delta": DELTA, "insecure_noise_seed": 0} | ({"n_features": 8} if make is PrivateKDE else {})
+    sites = [make(**settings), make(**settings), make(**settings).partial_fit(np.full((3, 2), 0.5)), make(**settings)]
+    first = sites[0]
+    for site in sites[1:]:
+        first.merge(site)
+    assert first.dim == sites[3].dim == 2
+    np.testing.assert_array_equal(first._sums(), make(**settings).partial_fit(np.full((3, 2), 0.5))._sums())
+    with pytest.raises(QuernelError, match="dim=2 here and 3 there"):
+        first.merge(make(dim=3, **settings))
+    with pytest.raises(PrivacyError, match="taken over by merge"):
+        sites[2].release()
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ({}, "lacks epsilon, delta, neighbours, releases"),
+        ([], "value must be Mapping"),
+        ({"epsilon": 1.0, "delta": 0.0, "neighbours": "replace", "releases": [{"label": ""}]}, "lacks kind, sens"),
+    ],
+)
+def test_a_ledger_s_file_says_what_it_lacks(value, match):
+    with pytest.raises(QuernelError, match=match):
+        dp.PrivacyLedger.from_json(value)
 
 
 def test_predictions_before_the_release_say_what_to_call():

@@ -141,6 +141,7 @@ def test_budget_is_spent_once():
     with pytest.raises(BudgetExceeded, match=r"PrivateVectorSum needs epsilon=0\.5"):
         total.release()
     ledger = dp.PrivacyLedger(1.2)
+    total = dp.PrivateVectorSum(6, epsilon=0.5, **SEEDED).partial_fit(rows())
     total.release(ledger, label="first")
     total.release(ledger, label="second")
     with pytest.raises(BudgetExceeded, match="third"):

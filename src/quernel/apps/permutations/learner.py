@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel._random import Seed, generator
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int
@@ -155,6 +155,7 @@ class PermutationLearner(SavedEstimator, BaseEstimator):
             Called as ``progress(message, fraction)`` while networks are trained.
         """
         self.check_params()
+        check_progress(progress)
         targets = _targets_of(X, Y)
         k = len(targets)
         self.n_features_in_ = k

@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from quernel._errors import QuernelError
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel._random import Seed, torch_generator
 from quernel._validate import check_float, check_int
 from quernel.kernels import NTKernel
@@ -111,6 +111,7 @@ def train_networks(
     _check_rows(networks, x, y)
     check_int("n_steps", n_steps, low=1)
     check_float("tol", tol, low=0.0, open_low=True)
+    check_progress(progress)
     check_rate(lr, x)
     parts: list[Networks] = []
     losses: list[Tensor] = []

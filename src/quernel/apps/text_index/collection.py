@@ -18,7 +18,7 @@ import numpy as np
 
 from quernel._array_folder import ArrayFolder, Arrays, take
 from quernel._errors import DataError, FormatError, QuernelError
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel._registry import register, resolve_class
 from quernel._validate import check_choice, check_int
 from quernel.apps.text_index.kinds import KINDS, Encoder
@@ -157,6 +157,7 @@ class TextIndex(ArrayFolder):
             If there is no file that can be read as text; then nothing was saved.
         """
         check_int("batch", batch, low=1)
+        check_progress(progress)
         root = Path(path)
         files, bad = text_files(root), []
         held: list[tuple[str, str, list[Passage]]] = []

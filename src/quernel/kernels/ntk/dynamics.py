@@ -15,6 +15,7 @@ n x n for any other time, then n^2 a point and output for the covariance.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +161,8 @@ def check_schedule(*, t: Any, lr: Any, steps: Any, ridge: Any) -> None:
     check_float("lr", lr, low=0.0, open_low=True)
     check_float("ridge", ridge, low=0.0)
     if not (isinstance(t, float) and math.isinf(t) and t > 0):
-        check_float("t", t, low=0.0)
+        if isinstance(t, bool) or not isinstance(t, numbers.Real) or not float(t) >= 0:
+            raise QuernelError(f"t must be a number >= 0, or infinity; got {t!r}")
         if steps is not None:
             raise QuernelError(f"give a time or a number of steps, not both; got t={t} and steps={steps}")
     if steps is not None:

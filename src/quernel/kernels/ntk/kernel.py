@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel._registry import register
 from quernel._threads import parallel_ranges
 from quernel._validate import check_choice, check_finite, check_float, check_int
@@ -152,6 +152,7 @@ class NTKernel(SavedEstimator, BaseEstimator):
 
     def _grams(self, X: Array, Y: Array | None, *, slopes: bool, progress: Progress | None = None) -> Kernels:
         self.check_params()
+        check_progress(progress)
         x = _points("X", X)
         y = x if Y is None or Y is X else _points("Y", Y)
         if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:

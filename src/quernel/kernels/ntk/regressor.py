@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._estimators import SavedEstimator
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel._registry import register
 from quernel._validate import check_type
 from quernel.kernels._random_features import FLOATS, Floats
@@ -115,6 +115,7 @@ class NTKRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         ``progress(message, fraction)`` is called as the kernel grows, as by ``NTKernel.ntk``.
         """
         self.check_params()
+        check_progress(progress)
         x, targets = validate_data(self, X, y, dtype=FLOATS, y_numeric=True, multi_output=True)
         self.single_target_ = targets.ndim == 1
         self.X_fit_ = np.array(x, order="C")

@@ -76,19 +76,20 @@ def make_adhoc(
     unitary = random_unitary(2**n_qubits, draw)
     parity = parity_signs(n_qubits, [range(n_qubits)])[0]
     found: dict[int, list[NDArray[np.float64]]] = {-1: [], 1: []}
-    for _ in range(_BATCHES):
+    for batch in range(1, _BATCHES + 1):
         x = 2 * math.pi * (1.0 - draw.random((_ROWS, n_qubits)))
         expectation = np.abs(maps.transform(x) @ unitary.T) ** 2 @ parity
         for label, rows in found.items():
             rows.append(x[label * expectation >= max(gap, np.finfo(float).tiny)])
-        if min(sum(map(len, rows)) for rows in found.values()) >= n_per_class:
+        count = min(sum(map(len, rows)) for rows in found.values())
+        if count >= n_per_class:
             break
-    else:
-        raise QuernelError(
-            f"only {min(sum(map(len, rows)) for rows in found.values())} of n_per_class={n_per_class} rows with "
-            f"gap={gap} were found among {_ROWS * _BATCHES:,}: expectations of n_qubits={n_qubits} are near "
-            f"{2 ** (-n_qubits / 2):.2g}. Ask for a smaller gap"
-        )
+        # Where even four standard deviations more would not do in all batches, the rest is not waited for.
+        if batch == _BATCHES or (count + 4 * math.sqrt(count) + 8) * _BATCHES / batch < n_per_class:
+            raise QuernelError(
+                f"only {count} of n_per_class={n_per_class} rows with gap={gap} were found among {_ROWS * batch:,}: "
+                f"expectations of n_qubits={n_qubits} are near {2 ** (-n_qubits / 2):.2g}. Ask for a smaller gap"
+            )
     order = draw.permutation(2 * n_per_class)
     x = np.concatenate([np.concatenate(rows)[:n_per_class] for rows in found.values()])
     return x[order], np.repeat(np.array(list(found), np.int64), n_per_class)[order]

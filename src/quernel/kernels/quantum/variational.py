@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from quernel._errors import QuernelError
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel._random import Seed, generator
 from quernel._registry import register
 from quernel._validate import check_choice, check_float, check_int
@@ -167,6 +167,7 @@ class VariationalQuantumClassifier(QuantumClassifier):
 
         ``progress(message, fraction)`` is called after every step.
         """
+        check_progress(progress)
         x, places = self._training_rows(X, y)
         draw = generator(self.random_state, "random_state")
         k = len(self.classes_)

@@ -171,7 +171,7 @@ class KernelChoice:
         held = _matrix(name, value)
         check_finite(name, held)
         if self.kernel == "cosine":
-            zero = (torch.linalg.vector_norm(held, ord=torch.inf, dim=1) == 0).nonzero()
+            zero = (~held.any(1)).nonzero()
             if len(zero):
                 raise QuernelError(
                     f"{name} must have no zero rows for the cosine kernel; row {int(zero[0])} is one. Drop such pairs"

@@ -199,7 +199,8 @@ class SchurEntropy(ArrayFolder):
         DegenerateConditioningWarning
             If the regression has more than half a degree of freedom a pair.
         """
-        check_int("resamples", resamples, low=0)
+        if check_int("resamples", resamples, low=0) == 1:
+            raise QuernelError("resamples must be 0, or some 20 and more for an interval; got 1")
         check_int("folds", folds, low=0)
         check_float("level", level, low=0.0, high=1.0, open_low=True, open_high=True)
         if self.n_pairs < 2 or self._maps is None:

@@ -166,7 +166,7 @@ def _found(act: Activation, c: float) -> Criticality:
         return _scale_invariant(act, c)
     left, right = _side(act, -1), _side(act, 1)
     at_zero = None
-    if max(abs(left.value), abs(right.value)) < _SAME and (left.first or right.first):
+    if max(abs(left.value), abs(right.value)) < _SAME < max(abs(left.first), abs(right.first)):
         at_zero = _zero(act, left, right, c)
         if at_zero.stable:
             return at_zero

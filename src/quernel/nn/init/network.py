@@ -127,8 +127,8 @@ def read_network(model: nn.Module, activation: ActivationLike | None = None, *, 
         activations = _called(model, example_inputs)
     if not activations and len(found.layers) > 1:
         raise QuernelError(
-            f"no module of {type(model).__name__} is an activation: it seems to call a function. Name it: "
-            "activation='relu'"
+            f"no module of {type(model).__name__} is an activation that acts elementwise (softmax and gated units are "
+            "none). If it calls a function, name that: activation='relu'"
         )
     default = activations[0] if activations else None
     layers = [

@@ -10,17 +10,18 @@ from __future__ import annotations
 import importlib
 import math
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-from quernel._errors import BudgetExceeded, MissingExtraError, PrivacyError
+from quernel._errors import BudgetExceeded, MissingExtraError, PrivacyError, QuernelError
 from quernel._validate import check_choice, check_float, check_type
 from quernel.sketch.dp.calibration import gaussian_delta, gaussian_epsilon
 from quernel.sketch.dp.mechanism import NEIGHBOURS, Mechanism, Neighbours
 
 # Three thirds of a budget may be more than the whole by a few units in the last place.
 _SLACK = 1e-12
+_NOISE = tuple(field.name for field in fields(Mechanism))
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class PrivacyLedger:
                 raise BudgetExceeded(
                     f"{label or 'a release'} needs epsilon={mechanism.epsilon(self.delta):.4g} (delta={self.delta:g}); "
                     f"of the budget epsilon={self.epsilon:g}, {total_epsilon(held, self.delta):.4g} is spent on "
-                    f"{len(held)} releases. Releases of one data set add up: ask for less, or accept a larger budget "
-                    "in a new ledger"
+                    f"{len(held)} releases. Releases of one data set add up: ask for less, or accept a larger budget, "
+                    'PrivacyLedger.from_json(ledger.to_json() | {"epsilon": ...})'
                 )
             self._spent.append(Spending(label, mechanism))
         return self
@@ -131,11 +132,18 @@ class PrivacyLedger:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> PrivacyLedger:
-        """Build a ledger from ``to_json``; what is spent stays spent."""
+        """Build a ledger from ``to_json``; what is spent stays spent.
+
+        Raises
+        ------
+        QuernelError
+            If fields are missing, wrong or beyond the budget.
+        """
+        _check_fields("value", value, ("epsilon", "delta", "neighbours", "releases"))
         ledger = cls(value["epsilon"], value["delta"], neighbours=value["neighbours"])
         for release in value["releases"]:
-            rest = {name: field for name, field in release.items() if name != "label"}
-            ledger.spend(Mechanism(**rest), release["label"])
+            _check_fields("a release of value", release, ("label", *_NOISE))
+            ledger.spend(Mechanism(**{name: release[name] for name in _NOISE}), release["label"])
         return ledger
 
     def __getstate__(self) -> Any:
@@ -159,6 +167,13 @@ class PrivacyLedger:
             mu, pure = _parts(mechanisms)
             return mu == 0 and math.fsum(pure) <= self.epsilon * (1 + _SLACK)
         return total_delta(mechanisms, self.epsilon * (1 + _SLACK)) <= self.delta
+
+
+def _check_fields(name: str, value: Any, needed: Sequence[str]) -> None:
+    """Raise unless a mapping holds what is needed."""
+    lacking = [field for field in needed if field not in check_type(name, value, Mapping)]
+    if lacking:
+        raise QuernelError(f"{name} must be what to_json gives; it lacks {', '.join(lacking)}")
 
 
 def total_delta(mechanisms: Sequence[Mechanism], epsilon: float) -> float:

@@ -9,6 +9,7 @@ what is made of the noisy ones.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from quernel._array_folder import ArrayFolder
 from quernel._errors import FormatError, PrivacyError, QuernelError
 from quernel._validate import check_float, check_type
-from quernel.sketch.dp.ledger import PrivacyLedger
+from quernel.sketch.dp.ledger import PrivacyLedger, Spending
 from quernel.sketch.dp.mechanism import Mechanism, Sensitivity
 from quernel.sketch.dp.noise import Integers, NoiseSource
 from quernel.sketch.dp.terms import PrivacyTerms
@@ -51,12 +52,17 @@ class PrivateStructure(ABC):
     that row alone, but shows to whoever sees the error: no guarantee covers it.
     """
 
+    # Columns of a row; None where no row was seen and nobody said.
+    dim: int | None
+
     def __init__(self, terms: PrivacyTerms) -> None:
         self._terms = check_type("terms", terms, PrivacyTerms)
         self._noise = NoiseSource(terms.insecure_noise_seed)
         self._own = PrivacyLedger(terms.epsilon, terms.delta, neighbours=terms.neighbours)
-        # Whether a ledger of the data set was used, so that a budget of one's own would see only some releases.
-        self._ledgered = False
+        # What was released of these rows: a budget that does not know of all of it would see only some releases.
+        self._paid: list[Spending] = []
+        self._last: PrivacyLedger | None = None
+        self._taken_over = False
 
     @property
     def terms(self) -> PrivacyTerms:
@@ -116,17 +122,22 @@ class PrivateStructure(ABC):
         if type(other) is not type(self):
             raise QuernelError(f"other must be a {type(self).__name__} to be merged; got {type(other).__name__}")
         mine, theirs = self.config(), other.config()
+        # Columns are public: a part that has not seen a row may learn them from one that has.
+        mine, theirs = _known(mine, theirs), _known(theirs, mine)
         apart = [f"{k}={mine[k]!r} here and {theirs[k]!r} there" for k in mine if mine[k] != theirs[k]]
         if apart:
             raise QuernelError(f"other must have the same settings to be merged; it has {', '.join(apart)}")
         if other is self:
             raise PrivacyError("other must be another structure: each record would count twice")
-        if other._ledgered or other._own.spendings:
+        if other._paid:
             raise PrivacyError(
                 "other was released, under a budget that this one's release need not know of; merge first, then release"
             )
+        if "dim" in mine:
+            self.dim = other.dim = mine["dim"]
         self._add(other)
         other._forget()
+        other._taken_over = True
         return self
 
     def mechanism(self) -> Mechanism:
@@ -149,7 +160,8 @@ class PrivateStructure(ABC):
         ledger : PrivacyLedger, optional
             The budget of the data set. Default is one of this object's own, of exactly its epsilon and delta: enough
             for one release, and right only if nothing else is released from these rows.
-            Every ledger knows its own releases only: give all releases of a data set the same one.
+            Every ledger knows its own releases only: give all releases of a data set the same one. This object insists
+            on it for its own releases; those of other objects from the same rows it cannot see.
         epsilon, delta, mechanism : optional
             Other terms for this release than the structure was built with; what is not named stays.
         label : str, optional
@@ -164,16 +176,26 @@ class PrivateStructure(ABC):
         BudgetExceeded
             If the ledger does not reach, e.g. for a second release.
         PrivacyError
-            Without a ledger, if one was given for an earlier release; or if the mechanism cannot keep the terms.
+            If an earlier release of these rows is not in the ledger, the rows were taken over by ``merge``, or the
+            mechanism cannot keep the terms.
+
+        Notes
+        -----
+        Rows may be added after a release; the next one covers all rows, and is paid in full.
         """
+        if self._taken_over:
+            raise PrivacyError(
+                f"the rows of this {type(self).__name__} were taken over by merge; release the one that took them "
+                "(it can take over later rows of this one too)"
+            )
         if ledger is None:
-            if self._ledgered:
-                raise PrivacyError(
-                    "these rows were released under a ledger before, and a budget of the structure's own would not "
-                    "know of it; give release() the ledger of the data set"
-                )
             ledger = self._own
         check_type("ledger", ledger, PrivacyLedger)
+        if ledger is not self._last and Counter(self._paid) - Counter(ledger.spendings):
+            raise PrivacyError(
+                "these rows were released under another budget before, which this ledger does not know of; give "
+                "release() the ledger of that release, and every further one of the data set"
+            )
         terms = replace(
             self.terms,
             epsilon=self.terms.epsilon if epsilon is None else epsilon,
@@ -182,8 +204,10 @@ class PrivateStructure(ABC):
         )
         chosen, sums = terms.calibrated(self.sensitivity()), self._sums()
         self._noise.check()  # a missing package should cost nothing
-        ledger.spend(chosen, type(self).__name__ if label is None else label)
-        self._ledgered = self._ledgered or ledger is not self._own
+        spending = Spending(type(self).__name__ if label is None else label, chosen)
+        ledger.spend(spending.mechanism, spending.label)
+        self._paid.append(spending)
+        self._last = ledger
         noisy = chosen.randomise(sums, self._noise)
         return self._published(noisy.astype(np.float64) * self.grain, self._described(chosen, terms))
 
@@ -212,6 +236,11 @@ class PrivateStructure(ABC):
             "rho": mechanism.rho,
             "status": INSECURE if self._noise.insecure else "private" if mechanism.discrete else UNSAFE,
         }
+
+
+def _known(config: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the columns of another where its own are not known yet."""
+    return config | {"dim": other["dim"]} if "dim" in config and config["dim"] is None else config
 
 
 class PublicRelease(ArrayFolder):

@@ -102,6 +102,8 @@ class PrivateVectorSum(PrivateStructure):
     ((3,), 'laplace')
     """
 
+    dim: int
+
     def __init__(
         self,
         dim: int,
