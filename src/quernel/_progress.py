@@ -11,8 +11,7 @@ from quernel._errors import QuernelError
 Progress = Callable[[str, float], None]
 
 
-def check_progress(progress: Any) -> Progress | None:
-    """Return ``progress`` if it can be called, or is None."""
+def check_progress(progress: Any) -> None:
+    """Raise unless ``progress`` can be called, or is None."""
     if progress is not None and not callable(progress):
         raise QuernelError(f"progress must be a function of a message and a fraction, or None; got {progress!r}")
-    return progress

@@ -99,8 +99,8 @@ def check_finite(name: str, tensor: Any) -> None:
 def all_finite(tensor: Any) -> bool:
     """Say whether every element of a tensor is finite.
 
-    A sum is finite only where all its terms are, and is twenty times faster than torch's own test. One that is not may
-    have overflowed: then that test decides, some rows at a time, since it takes nearly two copies of what it looks at.
+    A sum is finite only where all its terms are, and is much faster than torch's own test. One that is not may have
+    overflowed: then that test decides, some rows at a time, since it takes nearly two copies of what it looks at.
     """
     if bool(tensor.detach().sum().isfinite()):
         return True

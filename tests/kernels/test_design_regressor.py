@@ -1,6 +1,7 @@
 """DesignRegressor: which labels it asks for and that it reads no others, the pool's solution, what it refuses."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def test_labels_of_other_rows_are_not_read(method):
     wrong[np.setdiff1d(np.arange(len(y)), rows)] = np.nan
     np.testing.assert_array_equal(few, model.fit(x, wrong).predict(x))
     wrong[rows[3]] = np.nan
-    with pytest.raises(ValueError, match="Input y contains NaN"):
+    with pytest.raises(ValueError, match=r"Input y contains NaN(.|\n)*rows that query\(X\) names"):
         model.fit(x, wrong)
     assert model.rank_ == 11 and model.unbiased_ == (method == "volume")
 
@@ -90,9 +91,24 @@ def test_rows_drawn_by_chance_are_not_forgotten_by_saving(tmp_path):
     rows, named = by_chance.query(x), seeded.query(x)
     with pytest.raises(QuernelError, match="random_state must be an integer to be saved between query and fit"):
         by_chance.save(tmp_path / "m")
+    twin = pickle.loads(pickle.dumps(by_chance))
     assert by_chance.fit(x, y[rows]).save(tmp_path / "m").exists()
+    np.testing.assert_array_equal(twin.fit(x, y[rows]).coef_, by_chance.coef_)
+    by_chance.query(x[::-1])
+    with pytest.raises(QuernelError, match="random_state must be an integer"):
+        by_chance.save(tmp_path / "again")
     twin = quernel.load(seeded.save(tmp_path / "n"))
     np.testing.assert_array_equal(twin.fit(x, y[named]).coef_, seeded.fit(x, y[named]).coef_)
+
+
+def test_a_query_or_a_refused_fit_leaves_a_fitted_model_as_it_is():
+    x, y = diabetes()
+    model = DesignRegressor(StandardScaler(), random_state=0).fit(x, y)
+    before = model.predict(x)
+    model.query(100 * x[:, :4] + 3)
+    with pytest.raises(ValueError, match="NaN"):
+        model.fit(7 * x[:, :5], np.full(len(y), np.nan))
+    np.testing.assert_array_equal(model.predict(x), before)
 
 
 def test_saved_with_its_features(tmp_path):

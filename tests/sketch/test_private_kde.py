@@ -261,7 +261,7 @@ def test_releasing_twice_needs_a_larger_budget():
     kde.release()
     with pytest.raises(BudgetExceeded, match="PrivateKDE needs epsilon=1"):
         kde.partial_fit(rows()).release()
-    with pytest.raises(PrivacyError, match="another budget"):
+    with pytest.raises(PrivacyError, match="another ledger"):
         kde.release(dp.PrivacyLedger(1.0, 1e-6))
 
 

@@ -139,7 +139,7 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         return tags
 
     def _give_state(self) -> dict[str, Any]:
-        # Between query and fit there is nothing to keep: an integer random_state names the same rows again.
+        # Of a query alone there is nothing to keep: an integer random_state names the same rows again.
         return super()._give_state() if hasattr(self, "coef_") else {}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -150,7 +150,7 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         QuernelError
             If a parameter cannot be written down, or rows that ``query`` drew by chance would be forgotten.
         """
-        if hasattr(self, "_queried") and not hasattr(self, "coef_") and self.random_state is None:
+        if self._waits() and self.random_state is None:
             raise QuernelError(
                 "random_state must be an integer to be saved between query and fit: the rows that were drawn by chance "
                 "could not be named again. Query with one, or fit first"
@@ -158,9 +158,14 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         return super().save(path)
 
     def __getstate__(self) -> Any:
-        # The basis of the pool is as large as its features; a copy that only predicts needs none.
+        # The basis of the pool is as large as its features; a copy that waits for no labels needs none.
         state: Any = super().__getstate__()
-        return {name: value for name, value in state.items() if name != "_queried"}
+        return {name: value for name, value in state.items() if name != "_queried" or self._waits()}
+
+    def _waits(self) -> bool:
+        """Say whether rows were named whose labels have not come."""
+        held: _Query | None = getattr(self, "_queried", None)
+        return held is not None and not held.answered
 
     def check_params(self) -> None:
         """Raise a ``QuernelError`` that names a parameter which is no good."""
@@ -205,7 +210,8 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
             If the pool has fewer rows than features without a penalty, or the budget is below their number.
         """
         self.check_params()
-        return self._drawn(validate_data(self, X, dtype=FLOATS, ensure_min_samples=2))[1].rows
+        # A model that is fitted stays what it is until labels come.
+        return self._drawn(check_array(X, dtype=FLOATS, ensure_min_samples=2, estimator=self)).design.rows
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Fit to the labels of the rows that ``query`` names.
@@ -215,22 +221,22 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         X : array, shape (N, d)
             The whole pool. If ``query`` was not asked, rows are drawn now.
         y : array, shape (s,), (s, q), (N,) or (N, q)
-            A label for each row of ``query(X)``, in its order; or for every row of X, of which only those are read (the
-            others may be NaN).
+            A label for each row of ``query(X)``, in its order; or for every row of X, of which only those are read: the
+            others may be NaN.
 
         Raises
         ------
         QuernelError
-            If the labels are those of another pool's rows, as far as that can be seen.
+            If the labels are those of another pool's rows, as far as that can be seen, or one is missing.
         """
         self.check_params()
-        x = validate_data(self, X, None if y is None else "no_validation", dtype=FLOATS, ensure_min_samples=2)
+        if y is None:
+            raise QuernelError("DesignRegressor requires y to be passed, but the target y is None")
+        x = check_array(X, dtype=FLOATS, ensure_min_samples=2, estimator=self)
         labels = check_array(y, ensure_2d=False, ensure_all_finite=False, dtype=FLOATS, input_name="y")
-        if labels.ndim not in (1, 2):
-            raise QuernelError(f"y must have shape (s,), (s, q), (N,) or (N, q); got {labels.shape}")
         whole = len(labels) == len(x)
-        space, design = self._drawn(x, fresh=whole)
-        rows = design.rows
+        drawn = self._drawn(x, fresh=whole)
+        rows = drawn.design.rows
         if whole:
             labels = labels[rows]
         elif len(labels) != len(rows):
@@ -238,9 +244,15 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
                 f"y must hold a label for each of the {len(rows)} rows that query(X) names, or for all {len(x)} rows "
                 f"of X; got {len(labels)}: inconsistent numbers of samples"
             )
-        assert_all_finite(labels, input_name="y")
-        fitted = WeightedLeastSquares(space).fit(design, design.spread(labels))
-        self._take_fit(x.dtype, labels.ndim == 1, space, design, fitted.coef_)
+        try:
+            assert_all_finite(labels, input_name="y")
+        except ValueError as error:
+            raise QuernelError(f"{error}\nLabels are needed for the {len(rows)} rows that query(X) names") from error
+        fitted = WeightedLeastSquares(drawn.space).fit(drawn.design, drawn.design.spread(labels))
+        validate_data(self, X, skip_check_array=True)  # keeps names and number of columns
+        self.features_ = drawn.features
+        self._take_fit(x.dtype, labels.ndim == 1, drawn.space, drawn.design, fitted.coef_)
+        self._queried = drawn._replace(answered=True)
         return self
 
     def predict(self, X: ArrayLike) -> Floats:
@@ -251,12 +263,12 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         scores: Floats = (features @ self.coef_.T.astype(x.dtype) + self.intercept_.astype(x.dtype)).astype(x.dtype)
         return scores[:, 0] if self.single_target_ else scores
 
-    def _drawn(self, x: Floats, *, fresh: bool = True) -> tuple[EmpiricalSpace, Design]:
+    def _drawn(self, x: Floats, *, fresh: bool = True) -> _Query:
         """Return the space of the pool and a design: that of the last query where the pool is the same."""
         digest = _digest(x) + repr(sorted(self.get_params().items(), key=lambda item: item[0]))
         held: _Query | None = getattr(self, "_queried", None)
         if held is not None and held.pool == digest:
-            return held.space, held.design
+            return held
         if held is not None and (not fresh or held.rows == _digest(x)):
             raise QuernelError(
                 "X must be the whole pool that query was asked for, in its order and with the same parameters: labels "
@@ -267,8 +279,8 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
                 "y has labels of chosen rows, but query(X) was not asked for this X, so that which rows they are is "
                 "not known. Label the rows that query(X) names now, or give the integer random_state that named them"
             )
-        self.features_ = None if self.base_features is None else clone(self.base_features).fit(x)
-        features = x if self.features_ is None else np.asarray(self.features_.transform(x))
+        fitted = None if self.base_features is None else clone(self.base_features).fit(x)
+        features = x if fitted is None else np.asarray(fitted.transform(x))
         if self.fit_intercept:
             features = np.column_stack((features, np.ones(len(x), features.dtype)))
         if self.alpha == 0 and len(x) < features.shape[1]:
@@ -288,8 +300,8 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         sampler = VolumeSampler(space, self.method, n=n, delta=self.delta)
         design = sampler.sample(self.random_state)
         # What fit goes on with; no part of the fitted model, so it is not saved.
-        self._queried = _Query(digest, _digest(x[design.rows]), space, design)
-        return space, design
+        self._queried = _Query(digest, _digest(x[design.rows]), fitted, space, design)
+        return self._queried
 
     def _take_fit(self, dtype: Any, single: bool, space: EmpiricalSpace, design: Design, coef: Floats) -> None:
         raw = space.feature_coefficients(coef.reshape(len(coef), -1)).T.astype(dtype)  # (q, M)
@@ -304,12 +316,15 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
 
 
 class _Query(NamedTuple):
-    """What a query drew: digests of pool with parameters and of the rows alone, the space and the design."""
+    """What a query drew: digests of pool with parameters and of the rows alone, features, space and design."""
 
     pool: str
     rows: str
+    features: Any
     space: EmpiricalSpace
     design: Design
+    # Whether a model was fitted to its labels.
+    answered: bool = False
 
 
 def _digest(x: Floats) -> str:

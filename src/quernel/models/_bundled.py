@@ -10,7 +10,7 @@ from torch import nn
 
 from quernel._errors import QuernelError
 from quernel._load import save_model
-from quernel._progress import Progress
+from quernel._progress import Progress, check_progress
 from quernel.models._lm_training import tiny_lm
 from quernel.models.decoder import TinyLM
 from quernel.models.digits_cnn import DigitsCNN
@@ -58,6 +58,7 @@ def load(name: str, *, progress: Progress | None = None) -> nn.Module:
     """
     if name not in _LOADERS:
         raise QuernelError(f"bundled model must be one of {', '.join(map(repr, names()))}; got {name!r}")
+    check_progress(progress)
     return _LOADERS[name](progress)
 
 

@@ -146,7 +146,7 @@ class ModelStore:
         for a, b in itertools.pairwise((self.z.offsets[first:] - row).tolist()):
             k = self._gram(points[a:b])
             beta = specs.weights[a:b].astype(np.float64)
-            norms.append(float(beta @ k @ beta))
+            norms.append(max(0.0, float(beta @ k @ beta)))  # opposite points cancel, up to rounding
             if self.u is not None:
                 grams.append(k.astype(np.float32).ravel())
         self._norms.append(np.array(norms, np.float32))

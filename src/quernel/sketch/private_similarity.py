@@ -65,7 +65,8 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
     Notes
     -----
     Each ``fit`` is a release. Without a ledger the first one spends a budget of exactly epsilon and delta, and a second
-    one raises ``BudgetExceeded``; clones, as grid searches make them, start afresh, so choose settings on public data.
+    one raises ``BudgetExceeded``. Another ledger means another data set: nothing here could know that both fits saw the
+    same rows. Clones, as grid searches make them, start afresh, so choose settings on public data.
 
     Examples
     --------

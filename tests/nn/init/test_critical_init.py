@@ -38,6 +38,20 @@ def test_frozen_layers_are_left_alone_with_a_note():
     report = critical_init_(net, generator=generator())
     assert torch.equal(net[0].weight, before) and len(report.layers) == 4
     assert [(layer.name, "frozen" in layer.reason) for layer in report.skipped] == [("0", True)]
+    held = mlp(nn.GELU)
+    for parameters in (held[0].parameters(), [held[2].bias], held[-1].parameters()):
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    before = held[2].bias.clone()
+    report = critical_init_(held, output_power=1.0, generator=generator())
+    assert torch.equal(held[2].bias, before) and report.layers[0].bias_std is None
+    assert "first layer is frozen" in report.warnings[0] and "last layer is frozen" in report.warnings[1]
+
+
+def test_a_single_layer_has_outputs_of_the_power_asked_for():
+    layer = nn.Linear(1000, 1000)
+    critical_init_(layer, input_power=4.0, output_power=2.0, generator=generator())
+    assert float(layer.weight.detach().var()) == pytest.approx(2.0 / 4.0 / 1000, rel=0.01) and not layer.bias.any()
 
 
 def test_a_generator_is_one_of_torch():

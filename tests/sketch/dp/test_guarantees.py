@@ -1,7 +1,10 @@
 """What every private structure promises, held against its sums and releases: audits, noise, terms, copies."""
 
+import contextlib
 import copy
+import math
 import pickle
+import threading
 from functools import partial
 from unittest import SkipTest
 
@@ -15,6 +18,7 @@ from quernel.sketch import PrivateDistanceSum, PrivateKDE, PrivateSimilarityClas
 from quernel.sketch.dp.noise import NoiseSource
 
 DELTA = 1e-5
+SPENT = dp.PrivacyLedger(1.0).spend(dp.Mechanism("laplace", 1.0, 1.0, 1, "add_remove")).to_json()
 TERMS = {"epsilon": 1.0, "delta": DELTA, "mechanism": "gaussian", "insecure_noise_seed": 5}
 
 
@@ -103,9 +107,7 @@ def test_a_release_may_have_other_terms_and_keeps_what_is_not_named():
     assert pure.privacy["mechanism"] == "laplace" and pure.privacy["delta"] == 0
     with pytest.raises(AttributeError):
         held.terms = dp.PrivacyTerms(9.0)
-    for other in (None, dp.PrivacyLedger(3.0, 1e-6)):
-        with pytest.raises(PrivacyError, match="released under another budget before"):
-            held.release(other)
+    assert held.ledger is ledger and len(ledger.spendings) == 3
     with pytest.raises(BudgetExceeded):  # a budget of its own covers its own terms
         PrivateKDE(dim=2, insecure_noise_seed=0).release(epsilon=2.0)
     with pytest.raises(PrivacyError, match="needs delta > 0"):
@@ -127,33 +129,86 @@ def test_merging_moves_rows_so_that_they_count_and_pay_once(name):
     third.merge(second)
     np.testing.assert_array_equal(first._sums(), once)
     np.testing.assert_array_equal(second._sums(), empty._sums())
+    with pytest.raises(PrivacyError, match="taken over by merge"):
+        second.release()
     second.merge(first)
     np.testing.assert_array_equal(second._sums(), once)
     np.testing.assert_array_equal(first._sums(), empty._sums())
     with pytest.raises(PrivacyError, match="count twice"):
         second.merge(second)
+    with pytest.raises(PrivacyError, match="taken over by merge"):
+        first.release()
     for ledger in (None, dp.PrivacyLedger(9.0, DELTA)):
         released = filled()
         released.release(ledger)
         with pytest.raises(PrivacyError, match="merge first, then release"):
             second.merge(released)
+    second.release()
 
 
-def test_a_ledger_that_knows_of_the_earlier_releases_may_take_over():
-    held = PrivateKDE(n_features=8, dim=2, epsilon=0.5, delta=1e-6, insecure_noise_seed=0).partial_fit(np.zeros((3, 2)))
-    ledger = dp.PrivacyLedger(0.6, 1e-6)
+def test_rows_are_released_under_one_ledger_whose_budget_may_grow():
+    def density():
+        settings = {"n_features": 8, "dim": 2, "epsilon": 0.5, "delta": 1e-6, "insecure_noise_seed": 0}
+        return PrivateKDE(**settings).partial_fit(np.zeros((3, 2)))
+
+    held, ledger = density(), dp.PrivacyLedger(0.6, 1e-6)
+    assert held.ledger is None
     held.release(ledger)
+    with pytest.raises(BudgetExceeded, match=r"ledger\.enlarge"):
+        held.release()
+    ledger.enlarge(epsilon=2.0)
     held.partial_fit(np.ones((2, 2)))  # rows may come later; the next release pays for all
-    with pytest.raises(BudgetExceeded, match="accept a larger budget"):
-        held.release(ledger)
-    larger = dp.PrivacyLedger.from_json(ledger.to_json() | {"epsilon": 2.0})
-    assert held.release(larger).n_rows is not None and len(larger.spendings) == 2
-    with pytest.raises(PrivacyError, match="another budget"):
-        held.release(ledger)  # of two releases it knows one
-    own = PrivateKDE(n_features=8, dim=2, epsilon=0.5, delta=1e-6, insecure_noise_seed=0)
+    held.release()
+    assert held.ledger is ledger and len(ledger.spendings) == 2
+    twin, other = density(), dp.PrivacyLedger(9.0, 1e-6)
+    twin.release(other)  # of the same value, but of other rows
+    for stranger in (other, dp.PrivacyLedger.from_json(ledger.to_json())):
+        with pytest.raises(PrivacyError, match="released under another ledger before"):
+            held.release(stranger)
+    own = density()
     own.release()
-    with pytest.raises(PrivacyError, match="another budget"):
-        own.release(dp.PrivacyLedger(9.0, 1e-6))
+    with pytest.raises(PrivacyError, match="released under another ledger before"):
+        own.release(ledger)
+    with pytest.raises(BudgetExceeded):
+        own.release()
+    own.ledger.enlarge(2.0)
+    own.release()
+    assert len(own.ledger.spendings) == 2
+
+
+def test_two_threads_do_not_release_to_two_ledgers():
+    held = PrivateKDE(n_features=2048, dim=2, epsilon=0.5, delta=1e-6, insecure_noise_seed=0)
+    ledgers = [dp.PrivacyLedger(0.5, 1e-6) for _ in range(8)]
+    start = threading.Barrier(len(ledgers))
+
+    def release(ledger):
+        start.wait()
+        with contextlib.suppress(PrivacyError):
+            held.release(ledger)
+
+    threads = [threading.Thread(target=release, args=(ledger,)) for ledger in ledgers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(len(ledger.spendings) for ledger in ledgers) == [0] * 7 + [1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"epsilon": 0.5}, "epsilon must be"),
+        ({"delta": 0.0}, "delta must be"),
+        ({"delta": 1.0}, "delta must be"),
+        ({"epsilon": math.inf}, "epsilon must be"),
+    ],
+)
+def test_a_budget_does_not_shrink(arguments, match):
+    ledger = dp.PrivacyLedger(1.0, 1e-6)
+    with pytest.raises(QuernelError, match=match):
+        ledger.enlarge(**arguments)
+    assert (ledger.epsilon, ledger.delta) == (1.0, 1e-6)
+    assert ledger.enlarge(delta=1e-5).delta == 1e-5 and ledger.epsilon == 1.0
 
 
 @pytest.mark.parametrize("make", [PrivateKDE, PrivateDistanceSum])
@@ -177,6 +232,10 @@ def test_a_site_without_rows_need_not_know_the_columns(make):
         ({}, "lacks epsilon, delta, neighbours, releases"),
         ([], "value must be Mapping"),
         ({"epsilon": 1.0, "delta": 0.0, "neighbours": "replace", "releases": [{"label": ""}]}, "lacks kind, sens"),
+        ({"epsilon": 1.0, "delta": 0.0, "neighbours": "replace", "releases": 3}, "releases must be list"),
+        (SPENT | {"releases": [SPENT["releases"][0] | {"label": []}]}, "label must be str"),
+        (SPENT | {"epsilon": 0.5}, "need epsilon=1, more than its budget 0.5"),
+        (SPENT | {"neighbours": "replace"}, "ledger for 'replace'"),
     ],
 )
 def test_a_ledger_s_file_says_what_it_lacks(value, match):

@@ -22,7 +22,10 @@ from quernel.nn.init.network import ActivationLike, Network, SkippedLayer, Weigh
 
 @dataclass(frozen=True)
 class LayerInit:
-    """What one layer was drawn from: normal distributions of these standard deviations."""
+    """What one layer was drawn from: normal distributions of these standard deviations.
+
+    ``bias_std`` is None where there is no bias, or a frozen one.
+    """
 
     name: str
     kind: str
@@ -137,8 +140,9 @@ def critical_init_(
         weight, bias = (inner if 0 < i < last else plain)[act].variances()
         if i == 0 and first.K_star:
             weight = (first.K_star - bias) / input_power
-        if i == last and i and output_power is not None:
-            weight, bias = output_power / _signal(network, first, residual, input_power), 0.0
+        if i == last and output_power is not None:
+            signal = _signal(network, first, residual, input_power) if i else input_power
+            weight, bias = output_power / signal, 0.0
         drawn.append(_draw(layer, weight, bias, generator))
     warnings = _warnings(network, list(plain.values()), output_power)
     return InitReport(inner[network.activations[0]], tuple(drawn), (*network.skipped, *frozen), warnings)
@@ -162,7 +166,7 @@ def _draw(layer: WeightLayer, weight: float, bias: float, generator: torch.Gener
         raise QuernelError(f"{layer.name}: weight must be floating point to be initialised")
     std, shift = (weight / layer.fan_in) ** 0.5, bias**0.5
     held.normal_(0.0, std, generator=generator)
-    if not isinstance(offset, Tensor):
+    if not isinstance(offset, Tensor) or not offset.requires_grad:
         return LayerInit(layer.name, layer.kind, layer.fan_in, std, None)
     offset.normal_(0.0, shift, generator=generator) if shift else offset.zero_()
     return LayerInit(layer.name, layer.kind, layer.fan_in, std, shift)
@@ -179,6 +183,11 @@ def _warnings(network: Network, points: list[Criticality], output_power: float |
         said.append(f"{len(without)} layers have no bias, which {points[0].activation} needs (C_b > 0)")
     if any("norm" in skipped.kind.lower() for skipped in network.skipped):
         said.append("norms set K to 1 behind them: the critical point holds between norms only")
+    first, last = (network.layers[i].module.weight.requires_grad for i in (0, -1))
+    if not first and points[0].K_star:
+        said.append(f"the first layer is frozen: whether signals start at K* = {points[0].K_star:.3g} is up to it")
+    if not last and output_power is not None:
+        said.append("the last layer is frozen: outputs keep the variance that it gives them, not output_power")
     if output_power is None and points[0].K_star:
         said.append(f"outputs have the variance K* = {points[0].K_star:.3g}; output_power=1.0 makes it 1")
     return tuple(said)

@@ -48,9 +48,9 @@ class PrivacyLedger:
     -----
     One ledger belongs to one data set: also to its subsets, supersets and later versions, since a record may be in all
     of them. Safe to share between threads. It cannot be copied, since its budget would exist twice; ``to_json`` and
-    ``from_json`` keep it from one process to the next. Sums of pure releases and of the mu^2 of Gaussian ones hold
-    whatever later releases depend on; totals of both kinds together hold for releases that were planned beforehand,
-    not for an epsilon that was chosen after looking at an answer.
+    ``from_json`` keep it from one process to the next, and ``enlarge`` raises the budget of the one there is. Sums of
+    pure releases and of the mu^2 of Gaussian ones hold whatever later releases depend on; totals of both kinds together
+    hold for releases that were planned beforehand, not for an epsilon that was chosen after looking at an answer.
 
     Examples
     --------
@@ -113,10 +113,25 @@ class PrivacyLedger:
                 raise BudgetExceeded(
                     f"{label or 'a release'} needs epsilon={mechanism.epsilon(self.delta):.4g} (delta={self.delta:g}); "
                     f"of the budget epsilon={self.epsilon:g}, {total_epsilon(held, self.delta):.4g} is spent on "
-                    f"{len(held)} releases. Releases of one data set add up: ask for less, or accept a larger budget, "
-                    'PrivacyLedger.from_json(ledger.to_json() | {"epsilon": ...})'
+                    f"{len(held)} releases. Releases of one data set add up: ask for less, or accept a larger "
+                    "budget with ledger.enlarge(epsilon=...)"
                 )
             self._spent.append(Spending(label, mechanism))
+        return self
+
+    def enlarge(self, epsilon: float | None = None, delta: float | None = None) -> PrivacyLedger:
+        """Accept a larger budget; returns the ledger, in which what is spent stays spent.
+
+        Parameters
+        ----------
+        epsilon, delta : float, optional
+            At least what they were.
+        """
+        with self._lock:
+            epsilon = self.epsilon if epsilon is None else check_float("epsilon", epsilon, low=self.epsilon)
+            if delta is not None:
+                self.delta = check_float("delta", delta, low=self.delta, high=1.0, open_high=True)
+            self.epsilon = epsilon
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -141,9 +156,15 @@ class PrivacyLedger:
         """
         _check_fields("value", value, ("epsilon", "delta", "neighbours", "releases"))
         ledger = cls(value["epsilon"], value["delta"], neighbours=value["neighbours"])
-        for release in value["releases"]:
-            _check_fields("a release of value", release, ("label", *_NOISE))
-            ledger.spend(Mechanism(**{name: release[name] for name in _NOISE}), release["label"])
+        for release in check_type("releases", value["releases"], list):
+            _check_fields("releases", release, ("label", *_NOISE))
+            mechanism = Mechanism(**{name: release[name] for name in _NOISE})
+            ledger._check_relation(mechanism)
+            ledger._spent.append(Spending(check_type("label", release["label"], str), mechanism))
+        if ledger._spent and not ledger._fits([s.mechanism for s in ledger._spent]):
+            raise BudgetExceeded(
+                f"releases of value need epsilon={ledger.epsilon_spent:.4g}, more than its budget {ledger.epsilon:g}"
+            )
         return ledger
 
     def __getstate__(self) -> Any:

@@ -8,8 +8,8 @@ what is made of the noisy ones.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections import Counter
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from quernel._array_folder import ArrayFolder
 from quernel._errors import FormatError, PrivacyError, QuernelError
 from quernel._validate import check_float, check_type
-from quernel.sketch.dp.ledger import PrivacyLedger, Spending
+from quernel.sketch.dp.ledger import PrivacyLedger
 from quernel.sketch.dp.mechanism import Mechanism, Sensitivity
 from quernel.sketch.dp.noise import Integers, NoiseSource
 from quernel.sketch.dp.terms import PrivacyTerms
@@ -58,16 +58,19 @@ class PrivateStructure(ABC):
     def __init__(self, terms: PrivacyTerms) -> None:
         self._terms = check_type("terms", terms, PrivacyTerms)
         self._noise = NoiseSource(terms.insecure_noise_seed)
-        self._own = PrivacyLedger(terms.epsilon, terms.delta, neighbours=terms.neighbours)
-        # What was released of these rows: a budget that does not know of all of it would see only some releases.
-        self._paid: list[Spending] = []
-        self._last: PrivacyLedger | None = None
+        self._ledger: PrivacyLedger | None = None
+        self._lock = threading.Lock()
         self._taken_over = False
 
     @property
     def terms(self) -> PrivacyTerms:
         """What a release promises unless it is asked for other terms."""
         return self._terms
+
+    @property
+    def ledger(self) -> PrivacyLedger | None:
+        """Where releases of these rows are paid; None before the first one."""
+        return self._ledger
 
     @abstractmethod
     def partial_fit(self, X: Any, y: Any = None) -> Self:
@@ -109,8 +112,9 @@ class PrivateStructure(ABC):
     def merge(self, other: Self) -> Self:
         """Take over another structure's rows; returns the structure itself.
 
-        ``other`` is empty afterwards, so that its rows are paid for, and counted, once. The parts must be of different
-        records: no release could know of one that was given to both.
+        ``other`` is empty afterwards and cannot be released, so that its rows are paid for, and counted, once; what it
+        collects later can be taken over again. The parts must be of different records: no release could know of one
+        that was given to both.
 
         Raises
         ------
@@ -129,7 +133,7 @@ class PrivateStructure(ABC):
             raise QuernelError(f"other must have the same settings to be merged; it has {', '.join(apart)}")
         if other is self:
             raise PrivacyError("other must be another structure: each record would count twice")
-        if other._paid:
+        if other._ledger is not None:
             raise PrivacyError(
                 "other was released, under a budget that this one's release need not know of; merge first, then release"
             )
@@ -137,7 +141,8 @@ class PrivateStructure(ABC):
             self.dim = other.dim = mine["dim"]
         self._add(other)
         other._forget()
-        other._taken_over = True
+        # A part that gave its rows away before may take all of them back.
+        self._taken_over, other._taken_over = False, True
         return self
 
     def mechanism(self) -> Mechanism:
@@ -158,10 +163,11 @@ class PrivateStructure(ABC):
         Parameters
         ----------
         ledger : PrivacyLedger, optional
-            The budget of the data set. Default is one of this object's own, of exactly its epsilon and delta: enough
-            for one release, and right only if nothing else is released from these rows.
-            Every ledger knows its own releases only: give all releases of a data set the same one. This object insists
-            on it for its own releases; those of other objects from the same rows it cannot see.
+            The budget of the data set. Default is that of the release before, and for the first one a ledger of this
+            object's own, of exactly its epsilon and delta: enough for one release, and right only if nothing else is
+            released from these rows. Every ledger knows its own releases only: give all releases of a data set the
+            same one. This object insists on it for its own releases; those of other objects from the same rows it
+            cannot see.
         epsilon, delta, mechanism : optional
             Other terms for this release than the structure was built with; what is not named stays.
         label : str, optional
@@ -176,40 +182,46 @@ class PrivateStructure(ABC):
         BudgetExceeded
             If the ledger does not reach, e.g. for a second release.
         PrivacyError
-            If an earlier release of these rows is not in the ledger, the rows were taken over by ``merge``, or the
-            mechanism cannot keep the terms.
+            If an earlier release went to another ledger, the rows were taken over by ``merge``, or the mechanism cannot
+            keep the terms.
 
         Notes
         -----
         Rows may be added after a release; the next one covers all rows, and is paid in full.
         """
-        if self._taken_over:
-            raise PrivacyError(
-                f"the rows of this {type(self).__name__} were taken over by merge; release the one that took them "
-                "(it can take over later rows of this one too)"
-            )
-        if ledger is None:
-            ledger = self._own
-        check_type("ledger", ledger, PrivacyLedger)
-        if ledger is not self._last and Counter(self._paid) - Counter(ledger.spendings):
-            raise PrivacyError(
-                "these rows were released under another budget before, which this ledger does not know of; give "
-                "release() the ledger of that release, and every further one of the data set"
-            )
+        if ledger is not None:
+            check_type("ledger", ledger, PrivacyLedger)
         terms = replace(
             self.terms,
             epsilon=self.terms.epsilon if epsilon is None else epsilon,
             delta=self.terms.delta if delta is None else delta,
             mechanism=self.terms.mechanism if mechanism is None else mechanism,
         )
-        chosen, sums = terms.calibrated(self.sensitivity()), self._sums()
-        self._noise.check()  # a missing package should cost nothing
-        spending = Spending(type(self).__name__ if label is None else label, chosen)
-        ledger.spend(spending.mechanism, spending.label)
-        self._paid.append(spending)
-        self._last = ledger
+        with self._lock:
+            paid = self._where_to_pay(ledger)
+            chosen, sums = terms.calibrated(self.sensitivity()), self._sums()
+            self._noise.check()  # a missing package should cost nothing
+            paid.spend(chosen, type(self).__name__ if label is None else label)
+            self._ledger = paid
         noisy = chosen.randomise(sums, self._noise)
         return self._published(noisy.astype(np.float64) * self.grain, self._described(chosen, terms))
+
+    def _where_to_pay(self, ledger: PrivacyLedger | None) -> PrivacyLedger:
+        """Return the ledger of the next release, or say why there is none."""
+        if self._taken_over:
+            raise PrivacyError(
+                f"the rows of this {type(self).__name__} were taken over by merge; release the one that took them "
+                "(it can take over later rows of this one too)"
+            )
+        if self._ledger is None:
+            own = PrivacyLedger(self.terms.epsilon, self.terms.delta, neighbours=self.terms.neighbours)
+            return own if ledger is None else ledger
+        if ledger is not None and ledger is not self._ledger:
+            raise PrivacyError(
+                "these rows were released under another ledger before, and this one does not know of it; leave ledger "
+                "out, or give the one that is this structure's ledger. Its enlarge() raises the budget"
+            )
+        return self._ledger
 
     def query(self, *_: Any, **__: Any) -> Any:
         """Refuse: exact sums are private."""
