@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quernel._errors import QuernelError
 from quernel._validate import check_choice, check_finite, check_float, check_int, check_type
+from quernel.kernels.linalg import add_products
 
 _MANTISSA_BITS = 4  # 16 bins an octave
 _LOWEST, _HIGHEST = -20, 20  # octaves told apart: magnitudes from 1e-6 to 1e6
@@ -27,8 +28,6 @@ _MOST_ROWS = 2**31 - 1
 _GRAM_ROWS = 256
 # Of a float64 product, which needs no short sums: bounds the memory of a conversion.
 _GRAM_ROWS_WIDE = 4096
-# Columns of a product of which only one side of the diagonal is computed: few save more, powers of two alias.
-_GRAM_COLUMNS = 96
 
 
 class AbsMax:
@@ -202,19 +201,11 @@ class Gram:
         dtype = torch.promote_types(rows.dtype, self.compute_dtype)
         if dtype is torch.float64 and rows.device == self._sum.device:
             for block in rows.split(_GRAM_ROWS_WIDE):
-                self._add(block.double())
+                add_products(self._sum, block.double().T)
             return
         for block in rows.split(_GRAM_ROWS):
             block = block.to(dtype)
             self._sum += (block.T @ block).to(self._sum)
-
-    def _add(self, block: Tensor) -> None:
-        """Add the products of float64 rows, those below the diagonal once for both sides of it."""
-        for start in range(0, self.channels, _GRAM_COLUMNS):
-            stop = min(start + _GRAM_COLUMNS, self.channels)
-            part = block[:, start:stop].T @ block[:, :stop]
-            self._sum[start:stop, :stop] += part
-            self._sum[:start, start:stop] += part[:, :start].T
 
     def merge(self, other: Gram) -> None:
         """Take everything in that ``other`` saw."""

@@ -24,6 +24,7 @@ from quernel._validate import check_bool, check_finite, check_float, check_int
 from quernel.kernels.features.fourier import fourier_features
 from quernel.kernels.features.spectral import spectral_directions
 from quernel.kernels.gaussian import gaussian_kernel
+from quernel.kernels.linalg import add_products
 
 Kernel = Literal["cosine", "gaussian"] | Callable[[Any, Any], Any]
 # Rows whose features are made at a time: temporaries stay small beside the features themselves.
@@ -235,13 +236,7 @@ def unit_kernel(name: str, k: Any, n: int | None = None) -> Tensor:
 
 def products(rows: Tensor) -> Tensor:
     """Return rows @ rows.T, its upper half copied from the lower one."""
-    n = len(rows)
-    held = rows.new_empty(n, n)
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        held[start:stop, :stop] = rows[start:stop] @ rows[:stop].T
-        held[:start, start:stop] = held[start:stop, :start].T
-    return held
+    return add_products(rows.new_zeros(len(rows), len(rows)), rows)
 
 
 def dims(maps: tuple[KernelMap, KernelMap]) -> tuple[int, int] | None:
