@@ -11,6 +11,12 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "BudgetExceeded": "._errors",
+        "DataError": "._errors",
+        "FormatError": "._errors",
+        "MissingExtraError": "._errors",
+        "PrivacyError": "._errors",
+        "QuernelError": "._errors",
         "Report": ".report",
         "apps": ".apps",
         "compress": ".compress",

@@ -33,7 +33,9 @@ def test_labels_of_other_rows_are_not_read(method):
     wrong[np.setdiff1d(np.arange(len(y)), rows)] = np.nan
     np.testing.assert_array_equal(few, model.fit(x, wrong).predict(x))
     wrong[rows[3]] = np.nan
-    with pytest.raises(ValueError, match=r"Input y contains NaN(.|\n)*rows that query\(X\) names"):
+    with pytest.raises(
+        ValueError, match=r"Input y contains NaN(.|\n)*rows that query\(X\) names; 1 have none, row \d+ first"
+    ):
         model.fit(x, wrong)
     assert model.rank_ == 11 and model.unbiased_ == (method == "volume")
 
@@ -91,6 +93,10 @@ def test_rows_drawn_by_chance_are_not_forgotten_by_saving(tmp_path):
     rows, named = by_chance.query(x), seeded.query(x)
     with pytest.raises(QuernelError, match="random_state must be an integer to be saved between query and fit"):
         by_chance.save(tmp_path / "m")
+    features = DesignRegressor(RandomFourierFeatures(20, gamma=1.0), random_state=0)
+    features.query(x)
+    with pytest.raises(QuernelError, match="base_features__random_state must be an integer to be saved"):
+        features.save(tmp_path / "m")
     twin = pickle.loads(pickle.dumps(by_chance))
     assert by_chance.fit(x, y[rows]).save(tmp_path / "m").exists()
     np.testing.assert_array_equal(twin.fit(x, y[rows]).coef_, by_chance.coef_)

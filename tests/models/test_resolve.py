@@ -34,6 +34,7 @@ def sized(width):
     return build()
 
 number = 3
+made = build()
 """
 
 
@@ -126,6 +127,10 @@ def test_factory_with_weights(tmp_path: Path) -> None:
     assert not model.training
     for name, tensor in trained.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_a_model_itself_may_be_named() -> None:
+    assert isinstance(models.resolve("toy_factory:made"), torch.nn.Module)
 
 
 def test_tied_weights_stored_once_are_tied_again(tmp_path: Path) -> None:

@@ -156,6 +156,9 @@ def test_mean_features_are_those_of_the_points():
 def test_meta_update_and_compact():
     held, (images, prompts) = specs(12), queries()
     index = empty().add(held[:10], ids=range(100, 110), meta=[{"name": str(i)} for i in range(10)])
+    for wrong in ([103, 104], 103.0, True):
+        with pytest.raises(QuernelError, match="model must be an integer"):
+            index.meta(wrong)
     assert index.meta(103) == {"name": "3"} and index.add(held[10]).meta(110) == {}
     index.update([held[11]], [104])
     assert index.meta(104) == {"name": "4"} and len(index) == 11

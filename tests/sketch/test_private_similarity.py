@@ -11,7 +11,7 @@ from sklearn.exceptions import NotFittedError
 import quernel
 from quernel._errors import BudgetExceeded, PrivacyError, QuernelError
 from quernel.kernels.features import shift_invariant_kernel
-from quernel.sketch import PrivateSimilarityClassifier, PublicSimilarities, dp
+from quernel.sketch import PrivateKDE, PrivateSimilarityClassifier, PublicSimilarities, dp
 from quernel.testing import require_mean
 
 SEEDED = {"insecure_noise_seed": 0}
@@ -134,6 +134,33 @@ def test_scikit_learns_manners():
         model.predict(np.ones((1, 4)))
 
 
+def test_settings_stay_those_of_the_rows_that_were_collected():
+    x, y = task()
+    model = make().set_params(classes=None).partial_fit(x, y, ["a", "b", "c"])
+    for changed in ({"epsilon": 0.1}, {"bandwidth": 3.0}):
+        before = {name: model.get_params()[name] for name in changed}
+        model.set_params(**changed)
+        for call in (model.release, lambda: model.partial_fit(x, y), lambda: model.merge(make())):
+            with pytest.raises(QuernelError, match=f"{next(iter(changed))} changed since rows were collected"):
+                call()
+        model.set_params(**before)
+    with pytest.raises(QuernelError, match="classes changed"):
+        model.partial_fit(x, y, ["a", "b", "c", "d"])
+    ledger = dp.PrivacyLedger(3.0, 1e-6)
+    model.partial_fit(x, y).release(ledger, epsilon=0.5, label="half")
+    assert model.public_.privacy["epsilon"] == 0.5 and ledger.spendings[0].label == "half"
+
+
+def test_sites_without_rows_can_be_merged():
+    x, y = task()
+    total, whole = make(), make().fit(x, y)
+    for site in (make(), make().partial_fit(x, y), make()):
+        total.merge(site)
+    np.testing.assert_array_equal(total.release().public_.values, whole.public_.values)
+    other = make().set_params(classes=None).merge(make().partial_fit(x, y))
+    assert other.release().classes_.tolist() == whole.classes_.tolist()
+
+
 def test_a_second_fit_must_be_paid():
     x, y = task()
     model = make().fit(x, y)
@@ -150,15 +177,24 @@ def test_a_second_fit_must_be_paid():
     ("call", "error", "message"),
     [
         (lambda x, y: PrivateSimilarityClassifier().fit(x, y), QuernelError, "classes must be given"),
-        (lambda x, y: make().fit(x, y, classes=["a", "a"]), QuernelError, "two or more different"),
-        (lambda x, y: make().fit(x, y, classes=["a", "b"]), QuernelError, "labels that are not among classes"),
+        (
+            lambda x, y: make().set_params(classes=None).fit(x, y, classes=["a", "a"]),
+            QuernelError,
+            "two or more different",
+        ),
+        (
+            lambda x, y: make().set_params(classes=["a", "b"]).fit(x, y),
+            QuernelError,
+            "labels that are not among classes",
+        ),
+        (lambda x, y: make().fit(x, y, classes=["a", "b"]), QuernelError, "classes must be those of the constructor"),
+        (lambda x, y: make().merge(PrivateKDE()), QuernelError, "other must be PrivateSimilarityClassifier"),
         (lambda x, y: make().fit(x, y[:-1]), ValueError, "inconsistent numbers of samples"),
         (lambda x, y: make("cosine").fit(x, y), QuernelError, "similarity must be one of"),
         (lambda x, y: make("dot").fit(9 * x, y), QuernelError, "outside the declared Ball"),
         (lambda x, y: make(bandwidth="scale").fit(x, y), QuernelError, "computed from the private rows"),
         (lambda x, y: make(count_weight=0.0).fit(x, y), QuernelError, "count_weight must be positive"),
         (lambda x, y: make(delta=0.0, mechanism="gaussian").fit(x, y), PrivacyError, "needs delta > 0"),
-        (lambda x, y: make().merge(make()), QuernelError, "self has collected no rows"),
         (lambda x, y: make().fit(x, y).predict(x[:, :2]), ValueError, "is expecting 4 features"),
     ],
 )

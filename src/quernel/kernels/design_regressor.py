@@ -150,10 +150,11 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         QuernelError
             If a parameter cannot be written down, or rows that ``query`` drew by chance would be forgotten.
         """
-        if self._waits() and self.random_state is None:
+        drawn = [name for name, value in self.get_params().items() if _is_seed(name) and value is None]
+        if self._waits() and drawn:
             raise QuernelError(
-                "random_state must be an integer to be saved between query and fit: the rows that were drawn by chance "
-                "could not be named again. Query with one, or fit first"
+                f"{drawn[-1]} must be an integer to be saved between query and fit: the rows that were drawn by chance "
+                "could not be named again. Query with one, fit first, or pickle"
             )
         return super().save(path)
 
@@ -247,7 +248,11 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         try:
             assert_all_finite(labels, input_name="y")
         except ValueError as error:
-            raise QuernelError(f"{error}\nLabels are needed for the {len(rows)} rows that query(X) names") from error
+            bad = rows[~np.isfinite(labels).reshape(len(rows), -1).all(1)].tolist()
+            raise QuernelError(
+                f"{error}\nLabels are needed for the {len(rows)} rows that query(X) names; {len(bad)} have none, "
+                f"row {bad[0]} first"
+            ) from error
         fitted = WeightedLeastSquares(drawn.space).fit(drawn.design, drawn.design.spread(labels))
         validate_data(self, X, skip_check_array=True)  # keeps names and number of columns
         self.features_ = drawn.features
@@ -271,8 +276,8 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
             return held
         if held is not None and (not fresh or held.rows == _digest(x)):
             raise QuernelError(
-                "X must be the whole pool that query was asked for, in its order and with the same parameters: labels "
-                "belong to its rows. Call query(X) again for another pool"
+                "X must be the whole pool that query was asked for, in its order and dtype, with the same parameters: "
+                "labels belong to its rows. Call query(X) again for another pool"
             )
         if not fresh and not isinstance(self.random_state, int | np.integer):
             raise QuernelError(
@@ -313,6 +318,10 @@ class DesignRegressor(RegressorMixin, SavedEstimator, BaseEstimator):
         self.gram_min_ = float(design.gram_min)
         self.unbiased_ = design.unbiased
         self.single_target_ = single
+
+
+def _is_seed(name: str) -> bool:
+    return name.rpartition("__")[2] == "random_state"
 
 
 class _Query(NamedTuple):

@@ -133,6 +133,8 @@ def _from_factory(text: str) -> nn.Module:
             f"cannot import {module_name!r} of model {text!r}: {error}. Is its folder on the path (PYTHONPATH)?"
         ) from error
     factory = getattr(module, factory_name, None)
+    if isinstance(factory, nn.Module):
+        return factory
     if not callable(factory):
         raise QuernelError(f"module {module_name!r} has no function {factory_name!r}; model was {text!r}")
     try:

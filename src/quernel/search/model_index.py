@@ -215,7 +215,7 @@ class ModelIndex(Index):
 
     def meta(self, model: int) -> dict[str, Any]:
         """Return what was said of a model, by its id."""
-        found = np.flatnonzero((self._ids.ids == model) & self._ids.alive)
+        found = np.flatnonzero((self._ids.ids == check_int("model", model)) & self._ids.alive)
         if not len(found):
             raise QuernelError(f"model must be an id of the index; got {model}")
         return copy.deepcopy(self._meta[int(found[0])])

@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from quernel._errors import PrivacyError, QuernelError
 from quernel._registry import register
-from quernel._validate import check_bool, check_choice, check_float
+from quernel._validate import check_bool, check_choice, check_float, check_type
 from quernel.kernels._random_features import FLOATS
 from quernel.sketch._feature_maps import check_bandwidth, kernel_to_json
 from quernel.sketch.class_similarities import SIMILARITIES, ClassSums
@@ -149,32 +149,63 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
             self.__dict__.pop("_collected", None)
 
     def partial_fit(self, X: ArrayLike, y: Any, classes: Any = None) -> Self:
-        """Add rows to the sums of their classes; nothing is released before ``release``."""
+        """Add rows to the sums of their classes; nothing is released before ``release``.
+
+        Settings and classes stay those of the first rows until then.
+        """
         first = "_collected" not in self.__dict__
         x, labels = validate_data(self, X, y, dtype=FLOATS, reset=first)
         check_classification_targets(labels)
         labels = column_or_1d(labels, warn=True)
         if first:
-            self._collected = self._empty(x.shape[1], self.classes if classes is None else classes)
+            self._collected = self._empty(x.shape[1], classes)
+        else:
+            self._check_unchanged(classes)
         self._collected.partial_fit(x, labels)
         return self
 
     def merge(self, other: Self) -> Self:
         """Take over the rows that another unreleased classifier of the same settings has collected.
 
-        The parts must be of different records. ``other`` has no rows afterwards, so that they are paid for once.
+        The parts must be of different records. ``other`` has no rows afterwards, so that they are paid for once; either
+        may have none before.
         """
-        for each, name in ((self, "self"), (other, "other")):
-            if "_collected" not in vars(each):
-                raise QuernelError(f"{name} has collected no rows; give it some with partial_fit")
-        self._collected.merge(other._collected)
-        del other._collected
+        check_type("other", other, type(self))
+        for each in (self, other):
+            each._check_unchanged()
+        if "_collected" in vars(other):
+            theirs = other._collected
+            mine = vars(self).get("_collected")
+            if mine is None:
+                mine = self._empty(int(theirs.dim or 0), None if self.classes is not None else theirs.classes)
+            mine.merge(theirs)
+            self._collected, self.n_features_in_ = mine, int(theirs.dim or 0)
+            del other._collected
         return self
 
-    def release(self, ledger: PrivacyLedger | None = None) -> Self:
-        """Spend budget, add noise, and become able to predict; the exact sums are forgotten."""
+    def release(
+        self,
+        ledger: PrivacyLedger | None = None,
+        *,
+        epsilon: float | None = None,
+        delta: float | None = None,
+        mechanism: str | None = None,
+        label: str | None = None,
+    ) -> Self:
+        """Spend budget, add noise, and become able to predict; the exact sums are forgotten.
+
+        Parameters
+        ----------
+        ledger : PrivacyLedger, optional
+            The budget of the data set.
+        epsilon, delta, mechanism : optional
+            Other terms for this release than the parameters; what is not named stays.
+        label : str, optional
+            What the ledger calls it; default is the class's name.
+        """
         if "_collected" not in self.__dict__:
             raise QuernelError("nothing was collected since the last release; give rows to partial_fit")
+        self._check_unchanged()
         if ledger is None and "ledger_" in self.__dict__:
             ledger = self.ledger_
             if ledger is None:
@@ -183,7 +214,13 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
                     "data set's ledger, fit(X, y, ledger=ledger)"
                 )
         own = PrivacyLedger(self.epsilon, self.delta, neighbours=self.neighbours) if ledger is None else ledger
-        self.public_ = self._collected.release(own, label=type(self).__name__)
+        self.public_ = self._collected.release(
+            own,
+            epsilon=epsilon,
+            delta=delta,
+            mechanism=mechanism,
+            label=type(self).__name__ if label is None else label,
+        )
         self.ledger_ = own
         self.classes_ = self.public_.classes
         self.n_features_in_ = self.public_.settings["dim"]
@@ -206,7 +243,25 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
             raise NotFittedError("rows were collected, but nothing is released yet; call release()")
         check_is_fitted(self, "public_")
 
+    def _check_unchanged(self, classes: Any = None) -> None:
+        """Raise if parameters or classes are others than when the first rows were collected."""
+        held: ClassSums | None = vars(self).get("_collected")
+        if held is None:
+            return
+        known = held.classes if self.classes is None else None
+        now = self._empty(int(held.dim or 0), known if classes is None else classes).config()
+        apart = [name for name, value in held.config().items() if now.get(name) != value]
+        if apart:
+            raise QuernelError(
+                f"{', '.join(apart)} changed since rows were collected; set it back, or start again with fit. "
+                "release() takes other privacy terms"
+            )
+
     def _empty(self, dim: int, classes: Any) -> ClassSums:
+        if self.classes is not None:
+            if classes is not None and np.asarray(classes).tolist() != np.asarray(self.classes).tolist():
+                raise QuernelError(f"classes must be those of the constructor, {self.classes!r}; got {classes!r}")
+            classes = self.classes
         if classes is None:
             raise QuernelError(
                 "classes must be given, here or to the constructor: the set of labels is part of what is published, "

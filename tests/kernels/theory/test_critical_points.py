@@ -100,6 +100,17 @@ def test_what_has_no_critical_point_says_so(name):
         found.variances()
 
 
+@pytest.mark.parametrize("grows", [torch.exp, torch.sinh, torch.cosh, torch.expm1])
+def test_growth_beyond_the_quadrature_gives_no_critical_point(grows):
+    """For exp chi_parallel = 2 chi_perp at every K; nodes up to 12 deviations miss most of <s^2> from K = 20 on."""
+    assert criticality(grows).cls == Universality.NONE
+
+
+def test_a_function_of_numpy_is_named():
+    with pytest.raises(QuernelError, match="must be differentiable by autograd"):
+        criticality(np.tanh)
+
+
 def test_a_square_has_no_critical_point():
     """Flat at 0, where only rounding gives it a slope."""
     assert criticality(lambda z: z**2).cls == Universality.NONE

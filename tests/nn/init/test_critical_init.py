@@ -48,6 +48,13 @@ def test_frozen_layers_are_left_alone_with_a_note():
     assert "first layer is frozen" in report.warnings[0] and "last layer is frozen" in report.warnings[1]
 
 
+def test_what_changes_signals_between_layers_is_said():
+    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Dropout(0.5), nn.AvgPool1d(2), nn.Conv1d(4, 1, 1))
+    report = critical_init_(net, generator=generator())
+    assert [("dropouts" in text, "poolings" in text) for text in report.warnings] == [(True, False), (False, True)]
+    assert "2 times" in report.warnings[0]
+
+
 def test_a_single_layer_has_outputs_of_the_power_asked_for():
     layer = nn.Linear(1000, 1000)
     critical_init_(layer, input_power=4.0, output_power=2.0, generator=generator())

@@ -153,6 +153,9 @@ def test_rows_are_released_under_one_ledger_whose_budget_may_grow():
 
     held, ledger = density(), dp.PrivacyLedger(0.6, 1e-6)
     assert held.ledger is None
+    with pytest.raises(QuernelError, match="label must be str"):
+        held.release(ledger, label=2024)
+    assert held.ledger is None and not ledger.spendings
     held.release(ledger)
     with pytest.raises(BudgetExceeded, match=r"ledger\.enlarge"):
         held.release()

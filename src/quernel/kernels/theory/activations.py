@@ -214,7 +214,10 @@ def _value(function: Function, z: Tensor) -> Tensor:
 def _slope(function: Function, z: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         leaf = z if z.requires_grad else z.detach().clone().requires_grad_()
-        values = _value(function, leaf)
+        try:
+            values = _value(function, leaf)
+        except (RuntimeError, TypeError) as error:
+            raise QuernelError(f"activation must be differentiable by autograd: {error}") from error
         if not values.requires_grad:
             raise QuernelError("activation must be differentiable by autograd: its result does not depend on its input")
         (slope,) = torch.autograd.grad(values.sum(), leaf, create_graph=z.requires_grad)

@@ -30,6 +30,7 @@ class Averages:
     tilt: Tensor  # d = <(s^2)'>; 0 where s^2 is even
     tilt_slope: Tensor  # d'
     noise: Tensor  # <s^2 |z^2 - K|> / 2K^2: g' means something where it is well above the rounding of this
+    edge: Tensor  # share of g that the outermost nodes have: above a rounding, what lies beyond them is missing
 
 
 def averages(activation: Activation, kernel: Tensor) -> Averages:
@@ -43,7 +44,7 @@ def averages(activation: Activation, kernel: Tensor) -> Averages:
     def mean(values: Tensor) -> Tensor:
         return (values * weights).sum(-1)
 
-    lowered = x2 - k
+    lowered, shares = x2 - k, square * weights
     return Averages(
         square=mean(square),
         square_slope=mean(square * lowered) / (2 * kernel**2),
@@ -54,6 +55,7 @@ def averages(activation: Activation, kernel: Tensor) -> Averages:
         tilt=mean(square * z) / kernel,
         tilt_slope=mean(square * z * (x2 - 3 * k)) / (2 * kernel**3),
         noise=mean(square * lowered.abs()) / (2 * kernel**2),
+        edge=torch.maximum(shares[..., 0], shares[..., -1]) / shares.sum(-1),
     )
 
 

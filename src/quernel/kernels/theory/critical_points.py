@@ -253,7 +253,7 @@ def _fixed_point(act: Activation) -> float | None:
     grid = torch.logspace(np.log10(low), np.log10(high), count, dtype=torch.float64)
     found = averages(act, grid)
     gap = found.square_slope - found.slope_square
-    sure = gap.isfinite() & (found.square_slope.abs() > _NOISE * found.noise)
+    sure = gap.isfinite() & (found.square_slope.abs() > _NOISE * found.noise) & (found.edge < _NOISE)
     changes = (gap[:-1] * gap[1:] < 0) & sure[:-1] & sure[1:]
     for i in torch.nonzero(changes)[:, 0].tolist():
         kernel = float(brentq(functools.partial(_gap, act), float(grid[i]), float(grid[i + 1]), xtol=1e-12))

@@ -319,7 +319,7 @@ class ArchitectureAdvisor:
             fluctuations=spread,
             rates=layer_rates(critical, depth),
             present_C_W=present,
-            warnings=(*said, *_about_shape(critical, r, nu, target)),
+            warnings=(*said, *_about_shape(critical, depth, r, nu, target)),
         )
 
     def _by_layer(self, critical: Criticality, depth: int, width: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -340,11 +340,11 @@ def _present(network: Network) -> float | None:
     return statistics.median(held) if held else None
 
 
-def _about_shape(critical: Criticality, r: float, nu: float, target: float) -> tuple[str, ...]:
+def _about_shape(critical: Criticality, depth: int, r: float, nu: float, target: float) -> tuple[str, ...]:
     said = []
     if nu * r >= 1:
         said.append(f"r = {r:.2g} is above 1 / nu = {1 / nu:.2g}: seeds differ by as much as the signal itself")
-    elif r > _SLACK * target:
+    elif r > _SLACK * target and depth > 1:
         said.append(f"deeper for its width than suits: r = {r:.2g}, r* = {target:.2g}")
     elif r < target / _SLACK:
         said.append(f"wider for its depth than suits: r = {r:.2g}, r* = {target:.2g}")

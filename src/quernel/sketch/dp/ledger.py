@@ -101,6 +101,7 @@ class PrivacyLedger:
             If the release is for another relation of neighbours.
         """
         check_type("mechanism", mechanism, Mechanism)
+        check_type("label", label, str)
         self._check_relation(mechanism)
         with self._lock:
             held = [s.mechanism for s in self._spent]

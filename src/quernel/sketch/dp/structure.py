@@ -191,6 +191,7 @@ class PrivateStructure(ABC):
         """
         if ledger is not None:
             check_type("ledger", ledger, PrivacyLedger)
+        label = type(self).__name__ if label is None else label
         terms = replace(
             self.terms,
             epsilon=self.terms.epsilon if epsilon is None else epsilon,
@@ -201,7 +202,7 @@ class PrivateStructure(ABC):
             paid = self._where_to_pay(ledger)
             chosen, sums = terms.calibrated(self.sensitivity()), self._sums()
             self._noise.check()  # a missing package should cost nothing
-            paid.spend(chosen, type(self).__name__ if label is None else label)
+            paid.spend(chosen, label)
             self._ledger = paid
         noisy = chosen.randomise(sums, self._noise)
         return self._published(noisy.astype(np.float64) * self.grain, self._described(chosen, terms))
