@@ -184,24 +184,23 @@ def table_specification() -> Any:
     return importlib.import_module("learnware.specification.regular.table.rkme")
 
 
-def learnware_spec(gamma: float) -> Any:
+def learnware_spec(gamma: float, rounds: int) -> Any:
     """Return learnware's reduction of the outputs."""
     spec = table_specification().RKMETableSpecification(gamma=gamma, cuda_idx=-1)
-    # 10 rounds; its default of 3 gives a larger error.
-    spec.generate_stat_spec_from_data(outputs().astype(np.float64), K=POINTS, steps=10)
+    spec.generate_stat_spec_from_data(outputs().astype(np.float64), K=POINTS, steps=rounds)
     return spec
 
 
 def learnware_error(gamma: float) -> float:
-    """Return E of learnware's reduction; runs with its own packages."""
-    spec = learnware_spec(gamma)
-    return error(spec.get_z(), spec.get_beta(), outputs().astype(np.float64), gamma)
+    """Return the least E of learnware's reductions; runs with its own packages."""
+    specs = [learnware_spec(gamma, rounds) for rounds in LEARNWARE_ROUNDS.values()]
+    return min(error(spec.get_z(), spec.get_beta(), outputs().astype(np.float64), gamma) for spec in specs)
 
 
-def learnware_build() -> Callable[[], Any]:
+def learnware_build(rounds: int) -> Callable[[], Any]:
     gamma = gamma_of(outputs())
-    learnware_spec(gamma)  # what is slow the first time
-    return lambda: learnware_spec(gamma)
+    learnware_spec(gamma, rounds)  # what is slow the first time
+    return lambda: learnware_spec(gamma, rounds)
 
 
 def error(z: np.ndarray, beta: np.ndarray, x: np.ndarray, gamma: float) -> float:
@@ -225,7 +224,7 @@ def has_no_larger_error(s: SimpleNamespace) -> None:
 
 
 def build_facts(s: SimpleNamespace) -> str:
-    return f"E {s.error:.3g}, learnware's {s.learnware_error:.3g} after ten rounds"
+    return f"E {s.error:.3g}, learnware's at best {s.learnware_error:.3g}"
 
 
 def points_bound(size: int, prompted: bool, _: Any, threads: int) -> float:
@@ -244,7 +243,9 @@ def build_bound(rounds: int, _: Any, threads: int) -> float:
     return 11 * rounds * 2 * 2 * POINTS * ROWS * DIM / FLOPS / threads * 1e3
 
 
-LEARNWARE_ROUNDS = "learnware, ten rounds"
+# Its rounds do not lower its E: without any, k-means with the best weights, it is both fastest and closest.
+LEARNWARE_BEST = "learnware, no rounds (its best)"
+LEARNWARE_ROUNDS = {LEARNWARE_BEST: 0, "learnware, three rounds (its default)": 3, "learnware, ten rounds": 10}
 BY_POINTS, BY_MEANS = Isolated("faiss_index", "points"), Isolated("faiss_index", "means")
 
 CASES = [
@@ -288,17 +289,20 @@ CASES = [
             setup=partial(reductions, options),
             ours=lambda s: s.ours.fit(s.x),
             peers={
-                LEARNWARE_ROUNDS: Isolated("learnware_build", requires=LEARNWARE),
+                **{
+                    name: Isolated("learnware_build", rounds, requires=LEARNWARE)
+                    for name, rounds in LEARNWARE_ROUNDS.items()
+                },
                 f"{BUILD_MS:g} ms": allowed(BUILD_MS * 1e-3),
             },
             gate=has_no_larger_error,
-            target={f"{BUILD_MS:g} ms": 1.0} | ({LEARNWARE_ROUNDS: 5.0} if rounds == 1 else {}),
+            target={f"{BUILD_MS:g} ms": 1.0} | ({LEARNWARE_BEST: 5.0} if rounds == 1 else {}),
             bound_ms=partial(build_bound, rounds),
             bound="multiply-adds of eleven evaluations a round at 94 GFLOP/s a core",
             facts=build_facts,
             min_ms=20.0,
         )
-        # The bar of five times holds "at equal or lower E", which one round is far below; learnware computes no E.
+        # The bar of five times holds "at equal or lower E", so against its fastest; learnware computes no E.
         for named, rounds, options in (
             ("as by default", 20, {}),
             ("rounds=1, measure_error=False", 1, {"rounds": 1, "measure_error": False}),

@@ -99,6 +99,8 @@ class PublicSimilarities(PublicRelease):
 class ClassSums(PrivateStructure):
     """Feature sums and counts of every class."""
 
+    dim: int
+
     def __init__(
         self, terms: PrivacyTerms, classes: NDArray[Any], similarity: str, settings: dict[str, Any], clip: bool
     ) -> None:

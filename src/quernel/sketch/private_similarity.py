@@ -177,9 +177,9 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
             theirs = other._collected
             mine = vars(self).get("_collected")
             if mine is None:
-                mine = self._empty(int(theirs.dim or 0), None if self.classes is not None else theirs.classes)
+                mine = self._empty(theirs.dim, None if self.classes is not None else theirs.classes)
             mine.merge(theirs)
-            self._collected, self.n_features_in_ = mine, int(theirs.dim or 0)
+            self._collected, self.n_features_in_ = mine, theirs.dim
             del other._collected
         return self
 
@@ -249,7 +249,8 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
         if held is None:
             return
         known = held.classes if self.classes is None else None
-        now = self._empty(int(held.dim or 0), known if classes is None else classes).config()
+        terms, labels, similarity, settings, clip = self._arguments(held.dim, known if classes is None else classes)
+        now = {"classes": labels.tolist(), "similarity": similarity, "clip": clip} | settings | terms.to_json()
         apart = [name for name, value in held.config().items() if now.get(name) != value]
         if apart:
             raise QuernelError(
@@ -258,6 +259,10 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
             )
 
     def _empty(self, dim: int, classes: Any) -> ClassSums:
+        return ClassSums(*self._arguments(dim, classes))
+
+    def _arguments(self, dim: int, classes: Any) -> tuple[PrivacyTerms, NDArray[Any], str, dict[str, Any], bool]:
+        """Return what the sums are made with, checked."""
         if self.classes is not None:
             if classes is not None and np.asarray(classes).tolist() != np.asarray(self.classes).tolist():
                 raise QuernelError(f"classes must be those of the constructor, {self.classes!r}; got {classes!r}")
@@ -290,4 +295,4 @@ class PrivateSimilarityClassifier(ClassifierMixin, BaseEstimator):
             }
         else:
             settings["radius"] = check_float("radius", self.radius, low=0.0, open_low=True)
-        return ClassSums(terms, known, self.similarity, settings, check_bool("clip", self.clip))
+        return terms, known, self.similarity, settings, check_bool("clip", self.clip)

@@ -19,7 +19,7 @@ from quernel.kernels.theory.critical_points import Criticality, Universality, cr
 from quernel.kernels.theory.recursions import kernel_recursion
 from quernel.nn.init.network import ActivationLike, Network, SkippedLayer, WeightLayer, read_network
 
-_AVERAGES = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
+_AVERAGE_POOLS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def critical_init_(
             signal = _signal(network, first, residual, input_power) if i else input_power
             weight, bias = output_power / signal, 0.0
         drawn.append(_draw(layer, weight, bias, generator))
-    warnings = (*_warnings(network, list(plain.values()), output_power), *_between(module))
+    warnings = (*_warnings(network, list(plain.values()), output_power), *_unaccounted(module))
     return InitReport(inner[network.activations[0]], tuple(drawn), (*network.skipped, *frozen), warnings)
 
 
@@ -174,7 +174,7 @@ def _draw(layer: WeightLayer, weight: float, bias: float, generator: torch.Gener
     return LayerInit(layer.name, layer.kind, layer.fan_in, std, shift)
 
 
-def _between(module: nn.Module) -> list[str]:
+def _unaccounted(module: nn.Module) -> list[str]:
     """Say which modules without parameters change the scale of signals on their way."""
     said = []
     rates = [m.p for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and 0 < m.p < 1]
@@ -183,7 +183,7 @@ def _between(module: nn.Module) -> list[str]:
             f"{len(rates)} dropouts are not accounted for: in training each makes K up to {1 / (1 - max(rates)):.3g} "
             "times as large"
         )
-    pools = sum(isinstance(m, _AVERAGES) for m in module.modules())
+    pools = sum(isinstance(m, _AVERAGE_POOLS) for m in module.modules())
     if pools:
         said.append(f"{pools} average poolings are not accounted for: each makes K smaller")
     return said
